@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from simulator import errors
-from simulator.report.terminal import counting, note, print_json, show, working, writing
+from simulator.report.terminal import counting, note, print_json, ready, show, working, writing
 
 if TYPE_CHECKING:
     from simulator.spec import EngineName, Scenario
@@ -98,8 +98,27 @@ def step(
     trace: Annotated[
         Path | None, typer.Option(help="Write the timeline as Chrome JSON (opens in Perfetto); .gz compresses.")
     ] = None,
+    over_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=10**9,
+            metavar="N",
+            help="Simulate no step: show the expert load at training steps 0 to N under each balancing strategy.",
+        ),
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="With --over-steps: also draw the load, on one self-contained HTML page.")
+    ] = None,
 ) -> None:
-    """Simulate one training step and show where its time goes."""
+    """Simulate one training step and show where its time goes; or show the expert load over many steps."""
+    if over_steps is not None:
+        if trace is not None:
+            raise errors.invalid("needs a simulated step; leave --over-steps out", path="--trace")
+        _over_steps(_load(scenario, set_), over_steps, json_, figure)
+        return
+    if figure is not None:
+        raise errors.invalid("draws the expert load over training steps; add --over-steps N", path="--figure")
     with working(f"simulating one step of {scenario}"):
         from simulator.campaign import simulate_step
 
@@ -174,6 +193,7 @@ def sweep(
     out: Annotated[
         Path | None, typer.Option(help="Append finished rows to this JSON-lines file; a later run resumes from it.")
     ] = None,
+    figure: Annotated[Path | None, typer.Option(help="Also draw the rows, on one self-contained HTML page.")] = None,
 ) -> None:
     """Run the variants and the sweep axes of a scenario: one row each, against the base."""
     from simulator import study
@@ -182,6 +202,8 @@ def sweep(
     points = study.points(loaded)
     if len(points) == 1:
         raise errors.invalid("has neither sweep nor variants", path="sweep", origin=errors.Origin(scenario))
+    if figure is not None:
+        ready(figure)
     done: list[Row] = []
     try:
         with counting(len(points)) as advance:
@@ -197,6 +219,11 @@ def sweep(
         note(f"interrupted: {len(done)} of {len(points)} rows are finished; --out FILE keeps them for a later run")
         raise typer.Exit(130) from None
     _show_rows(rows, json_, terms=False)
+    if figure is not None:
+        from simulator.report.study_pages import write_sweep
+
+        writing(figure, lambda: write_sweep(loaded, rows, figure))
+        note(f"wrote {figure}")
 
 
 @app.command()
@@ -397,27 +424,45 @@ def report(
 
 @app.command()
 def validate(
+    routing: Annotated[
+        bool, typer.Option("--routing", help="Routers, loads, drops, balancing, placement and traffic.")
+    ] = False,
     runs: Annotated[bool, typer.Option("--runs", help="Published training runs.")] = False,
-    only: Annotated[list[str] | None, typer.Option(help="Only these scenarios.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only these published runs.")] = None,
     json_: JsonOption = False,
     engine: EngineOption = Engine.events,
 ) -> None:
-    """Hold predictions against published runs (the only evidence of this release; --runs may be left out)."""
-    with working("judging published runs"):
-        from validation.accuracy import judge, summary
-        from validation.evidence import published_runs
+    """Hold the simulator against what is known: papers, exact oracles, published runs; all when none is named."""
+    everything = not (routing or runs or only)
+    checks: list[dict[str, Any]] = []
+    summaries: dict[str, Any] = {}
+    if routing or everything:
+        with working("checking the routing"):
+            from validation.checks import summary as counted
+            from validation.routing import judge as judge_routing
 
-        known = [run.scenario for run in published_runs()]
-        for name in only or ():
-            if name not in known:
-                raise errors.invalid(errors.one_of(name, known, "published run"), path="--only")
-        checks = judge(only or (), _engine(engine))
+            found = judge_routing()
+            checks += found
+            summaries["routing"] = counted(found)
+    if runs or only or everything:
+        with working("judging published runs"):
+            from validation.accuracy import judge, summary
+            from validation.evidence import published_runs
+
+            known = [run.scenario for run in published_runs()]
+            for name in only or ():
+                if name not in known:
+                    raise errors.invalid(errors.one_of(name, known, "published run"), path="--only")
+            found = judge(only or (), _engine(engine))
+            checks += found
+            summaries["runs"] = summary(found)
     if json_:
-        print_json({"checks": checks, "summary": summary(checks)})
-        return
-    from simulator.report import tables
+        print_json({"checks": checks, "summary": summaries})
+    else:
+        from simulator.report import tables
 
-    show(tables.checks_table(checks))
+        show(tables.checks_view(checks))
+    raise typer.Exit(1 if any(check["ok"] is False for check in checks) else 0)
 
 
 def main() -> None:
@@ -448,15 +493,38 @@ def _engine(engine: Engine) -> EngineName:
     return "events" if engine is Engine.events else "max-plus"
 
 
+def _over_steps(scenario: Scenario, last: int, json_: bool, figure: Path | None) -> None:
+    """Expert load at training steps from 0 to ``last``, as a table or JSON and as a page."""
+    from simulator.study.balancing import about_nine, load_over_steps
+
+    if figure is not None:
+        ready(figure)
+    with working(f"following the expert load over {last:,} training steps"):
+        rows = load_over_steps(scenario, about_nine(last))
+    if json_:
+        print_json({"rows": [row.as_dict() for row in rows]})
+    else:
+        from simulator.report.study_tables import load_table
+
+        show(load_table(scenario.name, rows))
+    if all(row.max_violation < 1e-9 for row in rows):
+        note("routing.load is even by itself: there is nothing to balance")
+    if figure is not None:
+        from simulator.report.study_pages import write_over_steps
+
+        writing(figure, lambda: write_over_steps(scenario, rows, figure))
+        note(f"wrote {figure}")
+
+
 def _show_rows(rows: Sequence[Row], json_: bool, *, terms: bool) -> None:
     if json_:
         print_json({"rows": [row.as_dict() for row in rows]})
         return
-    from simulator.report import tables
+    from simulator.report.study_tables import rows_table, terms_table
 
-    show(tables.rows_table(rows))
+    show(rows_table(rows))
     if terms:
-        show(tables.terms_table(rows))
+        show(terms_table(rows))
 
 
 if __name__ == "__main__":

@@ -72,10 +72,12 @@ def table_copy(scenario: Scenario, layout: Layout, stages: Sequence[Sequence[int
 
 
 def op_parameters(scenario: Scenario, op: Op) -> Parameters:
-    """Parameters of one op on one rank, after tensor, expert and expert-tensor parallelism."""
-    split = scenario.parallelism
+    """Parameters of one op on one rank, after tensor, expert and expert-tensor parallelism; copies of experts count."""
+    split, moe = scenario.parallelism, scenario.model.moe
     if isinstance(op, GroupedGemm):
-        return Parameters(0.0, op.parameters / (split.expert * split.expert_tensor))
+        assert moe is not None  # only MoE layers have experts
+        copies = 1.0 + scenario.routing.placement.redundant_experts / moe.experts
+        return Parameters(0.0, op.parameters * copies / (split.expert * split.expert_tensor))
     return Parameters(op.parameters / _tensor_shards(op, split.tensor), 0.0)
 
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from simulator.campaign.assumptions import assumptions
 from simulator.campaign.step import Step
 from simulator.events import BUBBLE
 from simulator.layout import Layout
 from simulator.routing import ExpertLoad
-from simulator.routing.traffic import copies_by_tier
 from simulator.spec import Scenario, profile_sha256
-from simulator.spec.fields import ELEMENT_BYTES, Contract, Sourced
+from simulator.spec.fields import ELEMENT_BYTES
 from simulator.workload import Ledger, flops, parameters
 
 SCHEMA_VERSION = 1
@@ -150,8 +150,12 @@ class TrainingEstimate:
             "memory_worst_rank": step.memory.rank,
             "fits": self.fits,
             "dropped_token_fraction": load.dropped_fraction if load else 0.0,
+            "dropped_token_fraction_by_position": load.drop_profile.tolist() if load else [],
+            "dropped_token_fraction_evaluation": load.dropped_fraction_evaluation if load else 0.0,
+            "lost_token_fraction": load.lost_fraction if load else 0.0,
             "padding_fraction": load.padding_fraction if load else 0.0,
             "expert_load_max_over_mean": load.max_over_mean if load else 1.0,
+            "expert_rank_load_max_over_mean": load.rank_max_over_mean if load else 1.0,
             "all_to_all_bytes_per_token": self.all_to_all_bytes.total,
             "all_to_all_bytes_per_token_by_tier": dict(self.all_to_all_bytes),
             "pipeline_stages": [[step.layout.blocks[i].name for i in stage] for stage in step.layout.stages],
@@ -179,7 +183,7 @@ def describe(
         flop=flops.count(scenario, step.layout.stages, computed_rows=_computed_rows(step.load)),
         counts=parameters.count(scenario.model),
         all_to_all_bytes=all_to_all_bytes_per_token(scenario, step.layout, step.load),
-        assumptions=tuple(_assumptions(step)),
+        assumptions=tuple(assumptions(step)),
         warnings=(),
     )
     return TrainingEstimate(**{**result.__dict__, "warnings": tuple(_warnings(result))})
@@ -201,7 +205,7 @@ def all_to_all_bytes_per_token(scenario: Scenario, layout: Layout, load: ExpertL
     size = 2.0 * (ELEMENT_BYTES[precision.dispatch] + ELEMENT_BYTES[precision.combine]) * scenario.model.hidden_size
     volume = float(load.computed.sum()) / max(1.0, float(load.assigned.sum()))
     tiers = scenario.cluster.profile.tiers
-    copies = copies_by_tier(moe, layout.spans["expert"].ways, merged=not scenario.routing.pad_to_capacity)
+    copies = load.copies_by_tier(moe, layout.spans["expert"].ways, merged=not scenario.routing.pad_to_capacity)
     return Ledger({tiers[index].name: number * size * volume * layers for index, number in copies})
 
 
@@ -211,57 +215,6 @@ def simulator_version() -> str:
         return version("moesim")
     except PackageNotFoundError:
         return "0+unknown"
-
-
-def assumed_numbers(profile: Contract) -> list[str]:
-    """Paths of the profile's numbers that are assumed rather than measured, fitted or printed."""
-    found: list[str] = []
-
-    def walk(node: object, path: str) -> None:
-        if isinstance(node, Sourced):
-            if node.kind == "assumed":
-                found.append(path)
-        elif isinstance(node, Contract):
-            for name in type(node).model_fields:
-                walk(getattr(node, name), f"{path}.{name}" if path else name)
-        elif isinstance(node, dict):
-            for name, value in node.items():
-                walk(value, f"{path}.{name}")
-        elif isinstance(node, tuple):
-            for index, value in enumerate(node):
-                walk(value, f"{path}.{getattr(value, 'name', index)}")
-
-    walk(profile, "")
-    return found
-
-
-def _assumptions(step: Step) -> list[str]:
-    scenario, load = step.scenario, step.load
-    stated = ["no failures, restarts or reserved idle time: GPU-hours are those of uninterrupted training"]
-    assumed = assumed_numbers(scenario.cluster.profile)
-    if assumed:
-        stated.append(
-            f"{len(assumed)} numbers of profile {scenario.profile_name} are assumed: {', '.join(assumed[:8])}"
-            + (", ..." if len(assumed) > 8 else "")
-        )
-    if load is not None:
-        groups = step.layout.expert_data
-        if groups > 1:
-            kind = scenario.routing.load.kind
-            stated.append(f"expert load {kind}: one expert group stands for all {groups} of a stage")
-        if scenario.parallelism.expert > 1 and not scenario.routing.pad_to_capacity:
-            stated.append("a token travels once to each node and rank that holds its experts (DeepEP-type dispatch)")
-        if load.dropped_fraction > 0.0:
-            stated.append("MFU counts dropped assignments as done; HFU does not")
-        if load.assigned.shape[0] < step.layout.microbatches:
-            stated.append(
-                f"loads of {load.assigned.shape[0]} microbatches are drawn and repeated over {step.layout.microbatches}"
-            )
-    if scenario.model.encoder is not None:
-        stated.append("tokens are encoder tokens; the decoder's work is spread over them")
-    if step.engine == "max-plus":
-        stated.append("max-plus engine: no two transfers share a link")
-    return stated
 
 
 def _warnings(result: TrainingEstimate) -> list[str]:

@@ -1,33 +1,47 @@
-"""Curves of a sweep: cost, time, drops, padding, memory and parameters against the first axis.
+"""Curves of a sweep: step time, waiting, drops, padding, memory, cost and parameters against the first axis.
 
 Rows are mappings with ``changes`` (dotted path to value) and keys of an estimate. With several axes the first is the
-abscissa and every combination of the others is a curve. Rows that do not share their axes, such as named variants, are
-drawn as bars.
+abscissa and every combination of the others is a curve; an axis ``model`` gives every model a figure of its own. Rows
+that do not share their axes, such as named variants, are drawn as bars.
 """
 
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import textwrap
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from simulator.events import WAITING
+from simulator.report.families import MODEL_AXIS, Row, row_labels, shared_axes, shown
 from simulator.report.style import BLUE, GIB, GREY, QUALITATIVE, styled
+from simulator.study import brief
 
-Row = Mapping[str, Any]
 
-PANELS: dict[str, tuple[str, float]] = {
-    "gpu_hours": ("Accelerator-hours", 1.0),
-    "step_time_s": ("Step time (s)", 1.0),
-    "memory_peak_bytes": ("Peak memory (GiB)", 1 / GIB),
-    "dropped_token_fraction": ("Dropped tokens (%)", 100.0),
-    "padding_fraction": ("Padding (%)", 100.0),
-    "parameters_total": ("Parameters (B)", 1e-9),
-}
-"""Title and factor of each panel, by estimate key."""
-_COLUMNS = 3
+class Panel(NamedTuple):
+    """One panel: estimate key (or ``waiting``, a term of the step), title with unit, factor to that unit."""
+
+    key: str
+    title: str
+    factor: float = 1.0
+
+
+PANELS = (
+    Panel("step_time_s", "Step time (s)"),
+    Panel(WAITING, "Waiting for other ranks (s)"),
+    Panel("dropped_token_fraction", "Dropped tokens (%)", 100.0),
+    Panel("padding_fraction", "Padding (%)", 100.0),
+    Panel("memory_peak_bytes", "Peak memory (GiB)", 1 / GIB),
+    Panel("gpu_hours", "Accelerator-hours"),
+)
+PARAMETERS = Panel("parameters_total", "Parameters (B), dotted: active", 1e-9)
+"""Shown only where parameters differ between rows."""
+_COLUMNS, _PANEL_HEIGHT = 3, 275
+_SHORT, _UPRIGHT = 9, 5
+"""Letters of a name that fits under every panel, and names that fit side by side without being tilted."""
 
 
 def sweep_figure(rows: Sequence[Row]) -> go.Figure:
@@ -35,88 +49,83 @@ def sweep_figure(rows: Sequence[Row]) -> go.Figure:
     varied = [row for row in rows if row["changes"]]
     named = any(row.get("kind") == "variant" for row in varied)
     axes = shared_axes(varied) if len(varied) > 1 and not named else None
-    titles = [title for title, _ in PANELS.values()]
-    figure = make_subplots(rows=2, cols=_COLUMNS, subplot_titles=titles, horizontal_spacing=0.08, vertical_spacing=0.17)
-    for index, (key, (_, factor)) in enumerate(PANELS.items()):
-        row, column = divmod(index, _COLUMNS)
-        where = {"row": row + 1, "col": column + 1}
+    fixed = [axis for axis in axes or () if _constant(varied, axis)] if len(axes or ()) > 1 else []
+    axes = [axis for axis in axes if axis not in fixed] if axes else axes
+    if fixed and not axes:
+        axes, fixed = fixed[:1], fixed[1:]
+    labels = row_labels(rows) if axes is None else _categories(varied, axes[0])
+    panels = [*PANELS, *([PARAMETERS] if len({_value(row, PARAMETERS) for row in rows}) > 1 else [])]
+    lines = -(-len(panels) // _COLUMNS)
+    figure = make_subplots(
+        rows=lines,
+        cols=_COLUMNS,
+        subplot_titles=[panel.title for panel in panels],
+        horizontal_spacing=0.08,
+        vertical_spacing=0.34 / lines,
+        specs=[[{} if _COLUMNS * line + at < len(panels) else None for at in range(_COLUMNS)] for line in range(lines)],
+    )
+    for index, panel in enumerate(panels):
+        where = {"row": index // _COLUMNS + 1, "col": index % _COLUMNS + 1}
         if axes is None:
-            _add_bars(figure, rows, key, factor, where)
+            _add_bars(figure, rows, panel, where)
         else:
-            _add_curves(figure, varied, axes, key, factor, where)
+            _add_curves(figure, varied, axes, panel, where, legend=index == 0)
             for base in [each for each in rows if not each["changes"]][:1]:
-                figure.add_hline(
-                    y=_values([base], key, factor)[0], line={"color": GREY, "dash": "dot", "width": 1.5}, **where
-                )
+                value = _value(base, panel)
+                if value is not None:
+                    figure.add_hline(y=value, line={"color": GREY, "dash": "dot", "width": 1.5}, **where)
+        if panel.key == "memory_peak_bytes":
+            _add_limit(figure, rows, where)
         figure.update_yaxes(rangemode="tozero", **where)
+        bottom = index + _COLUMNS >= len(panels)
+        lowest = _add_names(figure, labels, where, bottom=bottom) if labels else 0.0
+        if axes and bottom:
+            figure.update_xaxes(title_text=html.escape(axes[0]), **where)
     title = "Variants" if axes is None else "Sweep of " + ", ".join(html.escape(axis) for axis in axes)
-    styled(
+    below = lowest + (90.0 if axes else 30.0)
+    stated = ", ".join(_stated(axis, varied[0]) for axis in fixed)
+    return styled(
         figure,
-        title,
-        height=640,
-        margin={"l": 60, "r": 20, "t": 76, "b": 90},
+        f"{stated}: {title[0].lower()}{title[1:]}" if stated else title,
+        height=round(_PANEL_HEIGHT * lines + below),
+        margin={"l": 60, "r": 20, "t": 76, "b": round(below)},
         legend={"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom"},
     )
-    if axes:
-        figure.update_xaxes(title_text=html.escape(axes[0]), row=2)
-    return figure
 
 
-def families(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows that belong into one figure: each sweep (rows that change the same paths), then variants and single rows.
-
-    The base (a row without changes) is part of every family.
-    """
-    base = [row for row in rows if not row["changes"]]
-    sweeps: dict[frozenset[str], list[Row]] = {}
-    for row in rows:
-        if row["changes"] and row.get("kind") != "variant":
-            sweeps.setdefault(frozenset(row["changes"]), []).append(row)
-    single = [row for row in rows if row["changes"] and len(sweeps.get(frozenset(row["changes"]), [])) <= 1]
-    single += [row for row in rows if row.get("kind") == "variant" and row not in single]
-    found = [base + members for members in sweeps.values() if len(members) > 1]
-    return [*found, base + single] if single else found
+def _constant(rows: Sequence[Row], axis: str) -> bool:
+    return len({brief(row["changes"][axis]) for row in rows}) == 1
 
 
-def shared_axes(rows: Sequence[Row]) -> list[str] | None:
-    """Paths that every row changes, in order; None when rows change different paths or none at all."""
-    first = list(rows[0]["changes"]) if rows else []
-    same = all(set(row["changes"]) == set(first) for row in rows)
-    return first if same and first else None
+def _stated(axis: str, row: Row) -> str:
+    """An axis that all rows share: a model by its name alone."""
+    value = shown(row["changes"][axis], axis)
+    return value if axis == MODEL_AXIS else f"{html.escape(axis)} = {value}"
 
 
-def row_labels(rows: Sequence[Row]) -> list[str]:
-    """Names of rows, safe to show: as given where they tell the rows apart, else written from the changes.
-
-    >>> row_labels([{"changes": {}}, {"changes": {"routing.capacity_factor": 1.25}}])
-    ['base', 'routing.capacity_factor = 1.25']
-    """
-    names = [str(row.get("name", "")) for row in rows]
-    if "" not in names and len(set(names)) == len(names):
-        return [html.escape(name) for name in names]
-    written = (
-        ", ".join(f"{html.escape(path)} = {shown(value)}" for path, value in row["changes"].items()) for row in rows
-    )
-    return [text or "base" for text in written]
-
-
-def shown(value: Any) -> str:
-    """A value as YAML writes it, safe to show.
-
-    >>> shown(None), shown("<b>"), shown(True)
-    ('null', '&lt;b&gt;', 'true')
-    """
-    return html.escape(
-        {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
-    )
+def _add_limit(figure: go.Figure, rows: Sequence[Row], where: dict[str, int]) -> None:
+    """Usable memory as a thin dashed line, one for each limit."""
+    limits = sorted({float(row["memory_limit_bytes"]) / GIB for row in rows if row.get("memory_limit_bytes")})
+    for limit in limits:
+        figure.add_hline(y=limit, line={"color": GREY, "dash": "dash", "width": 1}, **where)
+        figure.add_annotation(
+            text=f"usable {limit:.1f} GiB",
+            x=1,
+            xref="x domain",
+            xanchor="right",
+            y=limit,
+            yanchor="top",
+            showarrow=False,
+            font={"size": 11, "color": GREY},
+            **where,
+        )
 
 
-def _add_bars(figure: go.Figure, rows: Sequence[Row], key: str, factor: float, where: dict[str, int]) -> None:
+def _add_bars(figure: go.Figure, rows: Sequence[Row], panel: Panel, where: dict[str, int]) -> None:
     """One bar per row; a row without the key leaves a gap."""
-    labels = row_labels(rows)
     figure.add_bar(
-        x=labels,
-        y=_values(rows, key, factor),
+        x=row_labels(rows),
+        y=[_value(row, panel) for row in rows],
         marker={"color": BLUE},
         showlegend=False,
         hovertemplate="%{x}: %{y:.4g}<extra></extra>",
@@ -125,41 +134,73 @@ def _add_bars(figure: go.Figure, rows: Sequence[Row], key: str, factor: float, w
 
 
 def _add_curves(
-    figure: go.Figure, rows: Sequence[Row], axes: list[str], key: str, factor: float, where: dict[str, int]
+    figure: go.Figure, rows: Sequence[Row], axes: list[str], panel: Panel, where: dict[str, int], *, legend: bool
 ) -> None:
-    """One curve for every combination of the axes after the first."""
+    """One curve for every combination of the axes after the first; numbers in order, then what is no number."""
     axis, others = axes[0], axes[1:]
-    numeric = all(
-        isinstance(row["changes"][axis], int | float) and not isinstance(row["changes"][axis], bool) for row in rows
-    )
-    at: Callable[[Row], Any] = (
-        (lambda row: row["changes"][axis]) if numeric else (lambda row: shown(row["changes"][axis]))
-    )
-    series: dict[str, list[Row]] = {}
-    for row in rows:
-        series.setdefault(
-            ", ".join(html.escape(path) + " = " + shown(row["changes"][path]) for path in others), []
-        ).append(row)
-    dashes: dict[str, list[tuple[str, str | None]]] = {"parameters_total": [("", None), ("dot", "parameters_active")]}
-    for index, (name, members) in enumerate(series.items()):
-        ordered = sorted(members, key=at) if numeric else members
-        color = QUALITATIVE[index % len(QUALITATIVE)]
-        for dash, instead in dashes.get(key, [("", None)]):
+    rows, numeric = _in_order(rows, axis), not _categories(rows, axis)
+    at = [row["changes"][axis] if numeric else shown(row["changes"][axis], axis) for row in rows]
+    series: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        name = ", ".join(f"{html.escape(path)} = {shown(row['changes'][path], path)}" for path in others)
+        series.setdefault(name, []).append(index)
+    active = PARAMETERS._replace(key="parameters_active")
+    drawn = [("solid", panel), ("dot", active)] if panel is PARAMETERS else [("solid", panel)]
+    for number, (name, members) in enumerate(series.items()):
+        for dash, each in drawn:
             figure.add_scatter(
-                x=[at(row) for row in ordered],
-                y=_values(ordered, instead or key, factor),
+                x=[at[index] for index in members],
+                y=[_value(rows[index], each) for index in members],
                 name=name,
                 mode="lines+markers",
-                line={"color": color, "width": 2, "dash": dash or "solid"},
+                line={"color": QUALITATIVE[number % len(QUALITATIVE)], "width": 2, "dash": dash},
                 marker={"size": 7},
                 legendgroup=name,
-                showlegend=bool(others) and key == "gpu_hours",
-                hovertemplate=f"{name or 'value'}: %{{y:.4g}} at %{{x}}{' (active)' if instead else ''}<extra></extra>",
+                showlegend=bool(others) and legend,
+                hovertemplate=f"{name or 'value'}: %{{y:.4g}} at %{{x}}"
+                f"{' (active)' if each is active else ''}<extra></extra>",
                 **where,
             )
-    if not numeric:
-        figure.update_xaxes(type="category", **where)
 
 
-def _values(rows: Sequence[Row], key: str, factor: float) -> list[float | None]:
-    return [None if row.get(key) is None else float(row[key]) * factor for row in rows]
+def _in_order(rows: Sequence[Row], axis: str) -> Sequence[Row]:
+    """Rows along an axis: numbers rise and null comes last; anything else stays in the order given."""
+    if not all(_is_number(row["changes"][axis]) or row["changes"][axis] is None for row in rows):
+        return rows
+    return sorted(rows, key=lambda row: float("inf") if row["changes"][axis] is None else row["changes"][axis])
+
+
+def _categories(rows: Sequence[Row], axis: str) -> list[str]:
+    """Names along an axis that has not only numbers, in order; none along an axis of numbers."""
+    if all(_is_number(row["changes"][axis]) for row in rows):
+        return []
+    return list(dict.fromkeys(shown(row["changes"][axis], axis) for row in _in_order(rows, axis)))
+
+
+def _add_names(figure: go.Figure, names: Sequence[str], where: dict[str, int], *, bottom: bool) -> float:
+    """Name the places of a category axis; long names only under the lowest panel. Gives the height that they need."""
+    longest = max(len(name) for name in names)
+    tilted = len(names) > _UPRIGHT and longest > 4
+    lines = list(names) if tilted else ["<br>".join(textwrap.wrap(name, 48 // len(names))) for name in names]
+    figure.update_xaxes(
+        type="category",
+        categoryorder="array",
+        categoryarray=list(names),
+        tickvals=list(names),
+        ticktext=lines,
+        tickangle=-35 if tilted else 0,
+        showticklabels=bottom or longest <= _SHORT,
+        **where,
+    )
+    return 4.2 * min(longest, 40) if tilted else 16.0 * max(line.count("<br>") for line in lines)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _value(row: Row, panel: Panel) -> float | None:
+    """Number of a row for a panel; a step without a waiting term waits 0 s."""
+    step = row.get("step_breakdown_s")
+    value = (None if step is None else step.get(WAITING, 0.0)) if panel.key == WAITING else row.get(panel.key)
+    return None if value is None else float(value) * panel.factor

@@ -1,4 +1,4 @@
-"""How evenly the experts are loaded: the shape of the load within a layer, and whether the same experts are always hot.
+"""How evenly the experts are loaded: the load within a layer, whether the same experts are always hot, who is dropped.
 
 Loads are relative to the mean over the experts of a layer in a microbatch; with perfect balance all are 1.
 """
@@ -49,6 +49,28 @@ def load_figure(load: ExpertLoad) -> go.Figure:
     )
     figure.update_xaxes(title_text="expert", showgrid=False, row=1, col=2)
     figure.update_yaxes(title_text="MoE layer", autorange="reversed", showgrid=False, row=1, col=2)
+    return figure
+
+
+def position_figure(load: ExpertLoad) -> go.Figure:
+    """Dropped share of the assignments by position in the capacity group, with the mean as a line."""
+    width = 100.0 / len(load.drop_profile)
+    starts = np.arange(len(load.drop_profile)) * width
+    mean = 100.0 * load.dropped_fraction
+    figure = go.Figure()
+    figure.add_bar(
+        x=starts + width / 2,
+        y=100.0 * load.drop_profile,
+        width=0.9 * width,
+        marker={"color": BLUE},
+        customdata=[f"{start:g} to {start + width:g} %" for start in starts],
+        hovertemplate="%{customdata}: %{y:.3g} % dropped<extra></extra>",
+    )
+    figure.add_hline(y=mean, line={"color": VERMILLION, "dash": "dash", "width": 1.5})
+    title = f"Dropped share by position in the capacity group: {mean:.2f} % of all assignments"
+    styled(figure, title, height=270, margin={"l": 60, "r": 20, "t": 50, "b": 50}, showlegend=False)
+    figure.update_xaxes(title_text="position in order of arrival (%)", range=[0, 100], dtick=width, showgrid=False)
+    figure.update_yaxes(title_text="dropped (%)", rangemode="tozero")
     return figure
 
 

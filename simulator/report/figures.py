@@ -16,7 +16,7 @@ from plotly.subplots import make_subplots
 
 from simulator.campaign import TrainingEstimate
 from simulator.report.curves import sweep_figure
-from simulator.report.experts import load_figure
+from simulator.report.experts import load_figure, position_figure
 from simulator.report.gantt import steady_window, step_figure, timeline_figure
 from simulator.report.style import (
     BLACK,
@@ -177,6 +177,7 @@ __all__ = [
     "cost_figure",
     "load_figure",
     "memory_figure",
+    "position_figure",
     "steady_window",
     "step_figure",
     "sweep_figure",

@@ -73,9 +73,27 @@ KEYS: dict[str, Meaning] = {
     "dropped_token_fraction": Meaning(
         "Expert assignments over capacity, of all assignments.", "1 - processed / assigned", "arXiv 2101.03961"
     ),
+    "dropped_token_fraction_by_position": Meaning(
+        "Dropped share of the assignments in each tenth of a capacity group. In order of arrival an expert takes what "
+        "comes until it is full, so that the last tokens lose most; by score or at random all tenths are alike.",
+        "dropped / assigned, by tenth of the group",
+        "drop-towards-the-end: OpenMoE, arXiv 2402.01739",
+    ),
+    "lost_token_fraction": Meaning(
+        "Tokens that lose all their experts and pass by the residual path alone.",
+        "share of tokens for which all top_k experts are full, from blocks of tokens routed one by one",
+        "arXiv 2101.03961; drop-towards-the-end: arXiv 2402.01739",
+    ),
     "padding_fraction": Meaning("Computed expert rows that hold no token.", "1 - processed / computed"),
     "expert_load_max_over_mean": Meaning(
-        "Most loaded expert over the mean, averaged over layers and microbatches.", "MaxVio + 1"
+        "Most loaded expert over the mean, averaged over layers and microbatches.",
+        "MaxVio + 1",
+        "MaxVio: arXiv 2408.15664",
+    ),
+    "expert_rank_load_max_over_mean": Meaning(
+        "Rows that the busiest expert-parallel rank computes over the mean of the assigned ones; all layers and "
+        "microbatches averaged. It sets the pace of the expert exchange and of the experts.",
+        "max over ranks of computed rows x ranks / assigned",
     ),
     "all_to_all_bytes_per_token": Meaning(
         "Bytes that one token's expert exchanges put on the network in a step, all MoE layers, forward and backward.",
@@ -170,6 +188,9 @@ def explained(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         "exposed_communication_s": {k: v for k, v in step.items() if k.startswith("exposed_")},
         "all_to_all_bytes_per_token": values["all_to_all_bytes_per_token_by_tier"],
     }
+    if isinstance(value, list):  # equal parts of a whole
+        width = 100 // max(1, len(value))
+        opened[name] = {f"{width * part} to {width * (part + 1)} %": share for part, share in enumerate(value)}
     terms = value if isinstance(value, dict) else opened.get(name, {})
     unit = (
         "s"
@@ -178,7 +199,7 @@ def explained(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         if "bytes" in name or name in held
         else _UNITS.get(name, "")
     )
-    shown = "" if value is None or isinstance(value, dict) else f"{value} {unit}".strip()
+    shown = "" if value is None or isinstance(value, dict | list) else f"{value} {unit}".strip()
     meaning = meaning_of(name)
     assert meaning is not None  # the caller has checked the name
     return {"name": name, "value": value, "shown": shown, "unit": unit, **meaning._asdict(), "terms": terms}

@@ -7,21 +7,19 @@ mailed, archived and opened without a network. All text that comes from a user i
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from plotly.offline import get_plotlyjs
 from ruamel.yaml import YAML
 
 from simulator.campaign import TrainingEstimate
 from simulator.campaign.result import simulator_version
 from simulator.report import figures
-from simulator.report.curves import families, row_labels
 from simulator.report.glossary import TERMS
-from simulator.report.page import PAGE, bullets, details, figure, section, table
+from simulator.report.page import bullets, details, figure, filled, save, section, table
+from simulator.report.study_pages import study_section
 from simulator.report.style import GIB, duration, readable, seconds, short
 
 Row = Mapping[str, Any]
@@ -38,7 +36,7 @@ def write_html(
     ``rows``: a study's rows, mappings with ``changes`` and the keys of an estimate. ``published``: comparisons with the
     published run, mappings with ``quantity``, ``predicted``, ``published``, ``unit``, ``error_percent`` and ``source``.
     """
-    Path(path).write_text(page(estimate, rows or (), published or ()), encoding="utf-8")
+    save(path, page(estimate, rows or (), published or ()))
 
 
 def page(estimate: TrainingEstimate, rows: Sequence[Row] = (), published: Sequence[Mapping[str, Any]] = ()) -> str:
@@ -51,18 +49,11 @@ def page(estimate: TrainingEstimate, rows: Sequence[Row] = (), published: Sequen
         _timeline(estimate),
         _memory(estimate),
         _experts(estimate),
-        _study(rows),
+        study_section(rows),
         section("Assumptions", "", bullets(estimate.assumptions)),
         _scenario(estimate),
     ]
-    words = {
-        "title": escape(estimate.scenario.name),
-        "subtitle": _subtitle(estimate),
-        "footer": _footer(estimate),
-        "sections": "\n".join(each for each in sections if each),
-        "plotly": get_plotlyjs(),
-    }
-    return re.sub("@([a-z]+)@", lambda mark: words[mark[1]], PAGE)  # in one pass: no word is looked for inside another
+    return filled(estimate.scenario.name, _subtitle(estimate), _footer(estimate), sections)
 
 
 def _subtitle(estimate: TrainingEstimate) -> str:
@@ -161,6 +152,7 @@ def _experts(estimate: TrainingEstimate) -> str:
         return section("Expert load", "A dense model: no token is routed.")
     body = [
         ("dropped expert assignments", f"{load.dropped_fraction:.2%}"),
+        ("tokens that lose all their experts", f"{load.lost_fraction:.2%}"),
         ("padding of computed expert rows", f"{load.padding_fraction:.2%}"),
         ("busiest expert over the mean", f"{load.max_over_mean:.3f}"),
         ("busiest expert-parallel rank over the mean", f"{load.rank_max_over_mean:.3f}"),
@@ -174,45 +166,10 @@ def _experts(estimate: TrainingEstimate) -> str:
         f"Load of one expert group: {tokens:,} tokens per microbatch, top {load.top_k} of {experts:,} experts "
         f"on {load.ranks} ranks."
     )
-    return section(
-        "Expert load", note, figure(figures.load_figure(load), "load"), table(("quantity", "value"), "lr", body)
-    )
-
-
-def _study(rows: Sequence[Row]) -> str:
-    """The rows of a sweep or of variants: curves and a table."""
-    if not rows:
-        return ""
-    base = rows[0].get("gpu_hours")
-    body = [
-        (
-            label,
-            short(row["gpu_hours"]),
-            f"{row['gpu_hours'] / base - 1:+.1%}" if base else "",
-            seconds(row["step_time_s"]),
-            f"{row['memory_peak_bytes'] / GIB:.1f}",
-            f"{row['dropped_token_fraction']:.2%}",
-            f"{row['padding_fraction']:.1%}",
-            short(row["parameters_total"]),
-            short(row["parameters_active"]),
-        )
-        for label, row in zip(row_labels(rows), rows, strict=True)
-        if row.get("gpu_hours") is not None
-    ]
-    heads = (
-        "scenario",
-        "accelerator-hours",
-        "against the first",
-        "step",
-        "memory, GiB",
-        "dropped",
-        "padding",
-        "parameters",
-        "active",
-    )
-    drawn = [figure(figures.sweep_figure(family), f"study{index}") for index, family in enumerate(families(rows))]
-    note = "The same scenario with other choices, on the same draw of expert loads. A dotted line is the base."
-    return section("Variants and sweeps", note, *drawn, table(heads, "lrrrrrrrr", body))
+    drawn = [figure(figures.load_figure(load), "load")]
+    if load.dropped_fraction > 0.0:
+        drawn.append(figure(figures.position_figure(load), "position"))
+    return section("Expert load", note, *drawn, table(("quantity", "value"), "lr", body))
 
 
 def _warnings(warnings: Sequence[str]) -> str:

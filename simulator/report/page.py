@@ -1,11 +1,17 @@
-"""The frame of the HTML report, with places that :mod:`simulator.report.html` fills, and the pieces in them."""
+"""The frame of an HTML page, with places to be filled, and the pieces in them.
+
+plotly.js is written into the page once and a content security policy forbids every request.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 
 import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -58,6 +64,32 @@ pre { overflow-x: auto; background: var(--ground); padding: 14px; border-radius:
 </body>
 </html>
 """
+
+
+def filled(title: str, subtitle: str, footer: str, sections: Iterable[str]) -> str:
+    """A whole page; the title is plain text, all else HTML already, and empty sections are left out."""
+    words = {
+        "title": escape(title),
+        "subtitle": subtitle,
+        "footer": footer,
+        "sections": "\n".join(each for each in sections if each),
+        "plotly": get_plotlyjs(),
+    }
+    return re.sub("@([a-z]+)@", lambda mark: words[mark[1]], PAGE)  # in one pass: no word is looked for inside another
+
+
+def save(path: str | Path, text: str) -> None:
+    """Write a page whole or not at all: an existing file stays as it is until the new one is complete."""
+    path = Path(path)
+    if path.exists() and not path.is_file():  # such as /dev/stdout, or a folder, which is refused here
+        path.write_text(text, encoding="utf-8")
+        return
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def section(title: str, note: str, *parts: str) -> str:

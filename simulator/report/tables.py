@@ -13,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from simulator.campaign import TrainingEstimate
-from simulator.study import Row, difference
 
 GIB = 2.0**30
 
@@ -30,7 +29,7 @@ def estimate_view(result: TrainingEstimate, published: Sequence[Mapping[str, Any
 
 def published_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     """Prediction against publication."""
-    table = _table("", "predicted", "published", "error", "source")
+    table = new_table("", "predicted", "published", "error", "source")
     for row in rows:
         predicted, published = (number(row[key], row["unit"]) for key in ("predicted", "published"))
         table.add_row(
@@ -40,12 +39,12 @@ def published_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
             f"{row['error_percent']:+.1f} %",
             Text(str(row["source"]), overflow="fold"),
         )
-    return _titled("Against the published run", table)
+    return titled("Against the published run", table)
 
 
 def step_table(result: TrainingEstimate) -> RenderableType:
     """Step time term by term."""
-    table = _table("term", "time", "share", "")
+    table = new_table("term", "time", "share", "")
     total = result.step_time_s
     compute = {k: v for k, v in result.breakdown.items() if not _idle(k)}
     idle = {k: v for k, v in result.breakdown.items() if _idle(k)}
@@ -59,7 +58,7 @@ def step_table(result: TrainingEstimate) -> RenderableType:
             )
         table.add_section()
     table.add_row("total", number(total, "s"), "100.0%", "")
-    return _titled(f"One step: {number(total, 's')}  (mean over ranks, {result.step.engine} engine)", table)
+    return titled(f"One step: {number(total, 's')}  (mean over ranks, {result.step.engine} engine)", table)
 
 
 def memory_table(result: TrainingEstimate) -> RenderableType:
@@ -68,82 +67,17 @@ def memory_table(result: TrainingEstimate) -> RenderableType:
     verdict = "fits" if result.fits else "does not fit"
     sizes = f"{use.peak_bytes / GIB:.1f} GiB of {limit / GIB:.1f} GiB usable"
     title = f"Memory of the worst rank ({use.rank}): {sizes}: {verdict}"
-    table = _table("term", "size", "share")
+    table = new_table("term", "size", "share")
     for name, value in sorted(use.terms.items(), key=lambda item: -item[1]):
         table.add_row(name, f"{value / GIB:.2f} GiB", f"{value / use.peak_bytes:.1%}")
     table.add_section()
     table.add_row("total", f"{use.peak_bytes / GIB:.2f} GiB", "100.0%")
-    return _titled(title, table)
-
-
-def rows_table(rows: Sequence[Row]) -> RenderableType:
-    """A study: cost, drops, padding, memory and parameters per row, against the base."""
-    base = rows[0]
-    table = _table(
-        "scenario",
-        "GPU-hours",
-        "vs base",
-        "step",
-        "dropped",
-        "padding",
-        "memory",
-        "fits",
-        "params",
-        "active",
-        "MFU",
-        "what moved most",
-    )
-    for row in rows:
-        if row.error is not None:
-            table.add_row(escape(row.name), Text(row.error, style="red"), *[""] * 10)
-            continue
-        values = row.values
-        moved = "" if row is base or base.error else _moved(base.values, values)
-        change = "" if row is base or base.error else f"{values['gpu_hours'] / base.values['gpu_hours'] - 1:+.1%}"
-        table.add_row(
-            escape(row.name),
-            number(values["gpu_hours"], ""),
-            change,
-            number(values["step_time_s"], "s"),
-            f"{values['dropped_token_fraction']:.2%}",
-            f"{values['padding_fraction']:.1%}",
-            f"{values['memory_peak_bytes'] / GIB:.1f} GiB",
-            "yes" if values["fits"] else Text("no", style="red"),
-            number(values["parameters_total"], ""),
-            number(values["parameters_active"], ""),
-            f"{values['mfu']:.1%}",
-            moved,
-        )
-    engines = {row.values["engine"] for row in rows if row.error is None}
-    return _titled(f"{len(rows)} scenarios, {' and '.join(sorted(engines))} engine", table)
-
-
-def terms_table(rows: Sequence[Row]) -> RenderableType:
-    """Step time of every row minus the base's, term by term."""
-    base, others = rows[0], [row for row in rows[1:] if row.error is None]
-    table = _table("term", "base", *(escape(row.name) for row in others))
-    title = "Step time against the base, term by term (seconds)"
-    if base.error is not None:
-        return _titled(title, table)
-    changes = [difference(base.values, row.values) for row in others]
-    names = sorted(
-        {name for change in changes for name in change},
-        key=lambda name: -max((abs(c.get(name, 0.0)) for c in changes), default=0.0),
-    )
-    for name in names:
-        table.add_row(
-            name,
-            f"{base.values['step_breakdown_s'].get(name, 0.0):.4f}",
-            *(f"{change.get(name, 0.0):+.4f}" for change in changes),
-        )
-    table.add_section()
-    table.add_row("total", f"{base.values['step_time_s']:.4f}", *(f"{sum(change.values()):+.4f}" for change in changes))
-    return _titled(title, table)
+    return titled(title, table)
 
 
 def models_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     """Computed against published parameter counts."""
-    table = _table(
+    table = new_table(
         "preset", "total", "published", "error", "active",
         "no input table", "non-embedding", "published", "error", "convention",
     )  # fmt: skip
@@ -160,11 +94,55 @@ def models_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
             f"{row['active_error_percent']:+.1f} %" if row["active_error_percent"] is not None else "",
             row["active_convention"] or "",
         )
-    return _titled("Model presets: parameters computed from the op list against published", table)
+    return titled("Model presets: parameters computed from the op list against published", table)
 
 
-def checks_table(checks: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """Predictions against evidence."""
+def checks_view(checks: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """What was stated against what is reached, group by group."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for check in checks:
+        groups.setdefault(check["group"], []).append(check)
+    parts: list[RenderableType] = []
+    for group, members in groups.items():
+        if group == "runs":
+            parts.append(_runs_table(members))
+            continue
+        rows = [
+            (
+                check["name"],
+                number(check["expected"], check["unit"]),
+                number(check["reached"], check["unit"]),
+                _tolerance(check),
+                {True: "ok", False: "MISSED", None: ""}[check["ok"]],
+                check["source"],
+            )
+            for check in members
+        ]
+        held = sum(check["ok"] is True for check in members)
+        judged = sum(check["ok"] is not None for check in members)
+        parts.append(
+            pairs_table(
+                f"{group}: {held} of {judged} hold", rows, "name", "expected", "reached", "within", "", "source"
+            )
+        )
+    missed = [check["name"] for check in checks if check["ok"] is False]
+    held = sum(check["ok"] is True for check in checks)
+    parts.append(Text(f"{held} checks hold" + (f"; missed: {'; '.join(missed)}" if missed else "")))
+    return Group(*parts)
+
+
+def _tolerance(check: Mapping[str, Any]) -> str:
+    """How far the reached number may be from the expected one."""
+    if check["rule"] == "in range":
+        low, high = check["range"]
+        return f"{low:.3g} to {high:.3g}"
+    if check["rule"] != "near":
+        return str(check["rule"])
+    return "" if check["tolerance"] is None else f"± {number(check['tolerance'], check['unit'])}"
+
+
+def _runs_table(checks: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Predictions against published runs."""
     rows = [
         (
             check["name"],
@@ -175,8 +153,7 @@ def checks_table(checks: Sequence[Mapping[str, Any]]) -> RenderableType:
         )
         for check in checks
     ]
-    title = "Predictions against published runs"
-    return pairs_table(title, rows, "name", "predicted", "published", "error", "source")
+    return pairs_table("Predictions against published runs", rows, "name", "predicted", "published", "error", "source")
 
 
 def explanation_view(entry: Mapping[str, Any]) -> RenderableType:
@@ -185,7 +162,8 @@ def explanation_view(entry: Mapping[str, Any]) -> RenderableType:
     for key, name in (("name", "name"), ("shown", "value"), ("meaning",) * 2, ("formula",) * 2, ("source",) * 2):
         if entry[key]:
             facts.add_row(Text(name, style="dim"), Text(str(entry[key])))
-    terms = sorted(entry["terms"].items(), key=lambda item: -abs(item[1]))
+    in_order = isinstance(entry["value"], list)
+    terms = sorted(entry["terms"].items(), key=lambda item: 0.0 if in_order else -abs(item[1]))
     if not terms:
         return facts
     rows = [(name, number(value, entry["unit"])) for name, value in terms]
@@ -194,10 +172,10 @@ def explanation_view(entry: Mapping[str, Any]) -> RenderableType:
 
 def pairs_table(title: str, rows: Sequence[tuple[str, ...]], *heads: str) -> RenderableType:
     """A plain table of texts."""
-    table = _table(*heads)
+    table = new_table(*heads)
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    return _titled(title, table)
+    return titled(title, table)
 
 
 def number(value: float, unit: str) -> str:
@@ -247,7 +225,7 @@ def _headline(result: TrainingEstimate) -> RenderableType:
     }
     for name, parts in rows.items():
         table.add_row(name, " ".join(parts))
-    return _titled(scenario.name, table)
+    return titled(scenario.name, table)
 
 
 def _routing_line(result: TrainingEstimate) -> RenderableType:
@@ -255,17 +233,15 @@ def _routing_line(result: TrainingEstimate) -> RenderableType:
     if load is None:
         return Text("routing: dense model")
     tiers = ", ".join(f"{number(size, 'B')} over {name}" for name, size in result.all_to_all_bytes.items()) or "none"
+    lost = ""
+    if load.dropped_fraction:
+        profile, tenth = load.drop_profile, 100 // len(load.drop_profile)
+        lost = f" ({profile[0]:.1%} in the first {tenth} % of a capacity group, {profile[-1]:.1%} in the last; "
+        lost += f"{load.lost_fraction:.2%} of the tokens lose all their experts)"
     return Text(
         f"routing: the busiest expert is assigned {load.max_over_mean:.2f} x the mean, the busiest rank computes "
-        f"{load.rank_max_over_mean:.2f} x; dropped {load.dropped_fraction:.2%}; padding {load.padding_fraction:.1%}; "
-        f"all-to-all per token: {tiers}"
-    )
-
-
-def _moved(base: Mapping[str, Any], values: Mapping[str, Any]) -> str:
-    parts = sorted(difference(base, values).items(), key=lambda item: -abs(item[1]))[:2]
-    return ", ".join(
-        f"{name} {'+' if value >= 0 else '-'}{number(abs(value), 's')}" for name, value in parts if abs(value) > 1e-9
+        f"{load.rank_max_over_mean:.2f} x; dropped {load.dropped_fraction:.2%}{lost}; "
+        f"padding {load.padding_fraction:.1%}; all-to-all per token: {tiers}"
     )
 
 
@@ -273,12 +249,13 @@ def _idle(name: str) -> bool:
     return name.startswith("exposed_") or name in ("waiting", "bubble")
 
 
-def _titled(title: str, table: Table) -> RenderableType:
+def titled(title: str, table: Table) -> RenderableType:
     """A table under its title; rich would wrap a title to the width of the table."""
     return Group(Text(title, style="bold"), table)
 
 
-def _table(*heads: str) -> Table:
+def new_table(*heads: str) -> Table:
+    """An empty table in the common look; prose is aligned left, numbers right."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     prose = {"", "term", "source", "scenario", "preset", "what moved most", "convention", "meaning", "name", "path"}
     whole = {"scenario", "preset", "term", "convention", "name", "quantity"}

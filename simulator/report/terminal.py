@@ -5,9 +5,11 @@ rich is imported only when something is drawn, so that ``moesim --help`` stays q
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +54,23 @@ def writing(path: Path, write: Callable[[], Any]) -> None:
     except OSError as error:
         reason = (error.strerror or "error").lower()
         raise errors.invalid(f"cannot be written: {reason}", origin=errors.Origin(str(path))) from None
+
+
+def ready(path: Path) -> None:
+    """Refuse a file that cannot be written before the work for it begins.
+
+    Raises:
+        InvalidInput: it is a folder, or its folder is missing or read-only.
+    """
+
+    def probe() -> None:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not path.exists():
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+
+    writing(path, probe)
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """How many tokens choose each expert: counts drawn directly, without simulating tokens.
 
-Popularity is a set of Gaussian logits with unit Gumbel noise per token (so that top-k of the noisy logits is sampling
-without replacement with weights softmax(logits)). The probability that an expert is among a token's k choices is
+A token takes the k experts of the largest noisy logits. The probability that an expert is among them is taken where its
+noisy logit passes one common threshold, chosen so that k experts pass it on average:
 
-    pi_e = 1 - exp(-p_e t),   t solved so that sum_e pi_e = k
+    pi_e = 1 - exp(-w_e t),   t solved so that sum_e pi_e = k      (Gumbel noise, w = softmax(logits))
 
 (for k = 1 and 2 the exact probability instead), and the counts of T tokens are N_e ~ Binomial(T, pi_e), corrected so
 that they sum to T k: the difference is spread in proportion to pi_e (1 - pi_e) and rounded systematically. Against
@@ -13,11 +13,11 @@ independent binomials would double the spread (compared in tests).
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import numpy.typing as npt
-
-from simulator import errors
-from simulator.spec.routing import BalancedLoad, DirichletLoad, Load, LogitLoad
+from scipy.special import expit, logit, ndtr
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -29,87 +29,101 @@ MAX_COUNTS = 4_000_000
 def inclusion(weights: FloatArray, top_k: int) -> FloatArray:
     """Probability that each expert is among the k choices [..., experts], rows summing to k.
 
-    ``weights`` are positive and sum to one along the last axis. Solved by Newton's method on t.
+    ``weights`` are positive and sum to one along the last axis.
 
     >>> inclusion(np.full((1, 4), 0.25), 2).round(6).tolist()
     [[0.5, 0.5, 0.5, 0.5]]
     """
-    experts = weights.shape[-1]
-    if top_k >= experts:
+    if top_k >= weights.shape[-1]:
         return np.ones_like(weights)
     if top_k == 1:
         return np.asarray(weights)
     if top_k == 2:  # exact: the first choice, or the second after any other first one
         odds = weights / np.maximum(weights.sum(-1, keepdims=True) - weights, 1e-15)
         return np.asarray(np.minimum(weights * (1.0 + odds.sum(-1, keepdims=True) - odds), 1.0))
-    t = np.full((*weights.shape[:-1], 1), -experts * np.log1p(-top_k / experts))
+    return threshold_inclusion(weights, top_k)
+
+
+def threshold_inclusion(weights: FloatArray, total: float | FloatArray) -> FloatArray:
+    """1 - exp(-w t) [..., experts] with t such that rows sum to ``total``; by Newton's method on t."""
+    experts = weights.shape[-1]
+    t = np.broadcast_to(-experts * np.log1p(-np.asarray(total) / experts), (*weights.shape[:-1], 1))
     for _ in range(60):
         survive = np.exp(-weights * t)
-        gap = (1.0 - survive).sum(-1, keepdims=True) - top_k
+        gap = (1.0 - survive).sum(-1, keepdims=True) - total
         step = gap / (weights * survive).sum(-1, keepdims=True)
         t = np.maximum(t - step, 0.5 * t)  # the function is concave: Newton from the left never overshoots
         if np.abs(gap).max() < 1e-9:
             break
-    return 1.0 - np.exp(-weights * t)
+    return np.asarray(1.0 - np.exp(-weights * t))
 
 
-def popularity(load: Load, layers: int, microbatches: int, experts: int, rng: np.random.Generator) -> FloatArray:
-    """Expert weights softmax(logits) [microbatches or 1, layers, experts] of a load model.
+def biased_inclusion(
+    logits: FloatArray, bias: FloatArray, top_k: int, noise: Literal["gumbel", "normal"] = "gumbel"
+) -> FloatArray:
+    """The same when the k largest of sigmoid(noisy logit) + bias are chosen (DeepSeek-V3, arXiv 2412.19437, eq. 16).
 
-    Raises:
-        NotSimulated: a per-token tendency or a replay, which this release does not draw.
+    pi_e = P(sigmoid(l_e + noise) > x - b_e), the threshold x solved by bisection so that rows sum to k.
+
+    >>> biased_inclusion(np.zeros(4), np.array([0.5, 0.0, 0.0, -0.5]), 1).round(3).tolist()
+    [0.782, 0.109, 0.109, 0.0]
     """
-    if isinstance(load, BalancedLoad):
-        return np.full((1, layers, experts), 1.0 / experts)
-    if isinstance(load, DirichletLoad):
-        return rng.dirichlet(np.full(experts, load.concentration), size=(1, layers)).clip(1e-12)
-    if isinstance(load, LogitLoad):
-        return _logits(load, layers, microbatches, experts, rng)
-    raise errors.NotSimulated("routing.load: kind replay is not simulated yet; use balanced, logits or dirichlet")
+    experts = logits.shape[-1]
+    if top_k >= experts:
+        return np.ones(np.broadcast_shapes(logits.shape, bias.shape))
+    scale = np.exp(np.clip(logits, -60.0, 60.0))
+    low = bias.min(-1, keepdims=True) - 1e-9
+    high = bias.max(-1, keepdims=True) + 1.0
+
+    def chance(threshold: FloatArray) -> FloatArray:
+        score = threshold - bias
+        inner = np.clip(score, 1e-12, 1.0 - 1e-12)
+        if noise == "normal":
+            above = ndtr(logits - logit(inner))
+        else:
+            above = -np.expm1(-scale * (1.0 - inner) / inner)
+        return np.where(score <= 0.0, 1.0, np.where(score >= 1.0, 0.0, above))
+
+    lead = np.broadcast_shapes(logits.shape, bias.shape)[:-1]
+    low, high = (np.broadcast_to(edge, (*lead, 1)) for edge in (low, high))
+    for _ in range(34):
+        middle = 0.5 * (low + high)
+        many = chance(middle).sum(-1, keepdims=True) > top_k
+        low, high = np.where(many, middle, low), np.where(many, high, middle)
+    found = chance(0.5 * (low + high))
+    return np.asarray(np.minimum(found * (top_k / found.sum(-1, keepdims=True)), 1.0))
 
 
-def _logits(load: LogitLoad, layers: int, microbatches: int, experts: int, rng: np.random.Generator) -> FloatArray:
-    for name in ("token", "context_correlation", "sticky"):
-        if getattr(load, name):
-            raise errors.NotSimulated(
-                f"routing.load.{name} is not simulated yet; set it to 0 and state population or domain"
-            )
-    logits = load.population * rng.standard_normal((1, layers, experts))
-    if load.domain:
-        logits = logits + load.domain * rng.standard_normal((microbatches, layers, experts))
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    if load.hot_experts is not None:
-        weights = _heat(weights, load.hot_experts.count, load.hot_experts.load, rng)
-    return np.asarray(weights.clip(1e-12))
+def balancing_bias(logits: FloatArray, top_k: int) -> FloatArray:
+    """The bias with which every expert is chosen alike [..., experts], mean zero.
+
+    sigmoid(l_e + G) passes x - b_e with probability k / E when x - b_e = sigmoid(l_e - ln c), c = -ln(1 - k / E).
+    """
+    experts = logits.shape[-1]
+    if top_k >= experts:
+        return np.zeros_like(logits)
+    level = expit(logits - np.log(-np.log1p(-top_k / experts)))
+    return np.asarray(level.mean(-1, keepdims=True) - level)
 
 
-def _heat(weights: FloatArray, count: int, load: float, rng: np.random.Generator) -> FloatArray:
-    """Give ``count`` experts of each layer ``load`` times the mean share and scale the rest down."""
-    experts = weights.shape[-1]
-    share = min(count * load / experts, 0.95)
-    order = rng.permuted(np.tile(np.arange(experts), (*weights.shape[:-1], 1)), axis=-1)
-    hot = order < min(count, experts)
-    cold = np.where(hot, 0.0, weights)
-    cold *= (1.0 - share) / cold.sum(-1, keepdims=True)
-    return np.asarray(np.where(hot, share / hot.sum(-1, keepdims=True), cold))
+def draw(
+    probability: FloatArray, tokens: int | IntArray, top_k: int, rng: np.random.Generator, *, dispersion: float = 1.0
+) -> IntArray:
+    """Counts of ``tokens`` tokens [..., experts] that sum to tokens x top_k exactly.
 
-
-def draw(probability: FloatArray, tokens: int | IntArray, top_k: int, rng: np.random.Generator) -> IntArray:
-    """Counts of ``tokens`` independent tokens [..., experts] that sum to tokens x top_k exactly.
-
-    ``tokens`` is one number, or an array that broadcasts against [..., 1].
+    ``tokens`` is one number, or an array that broadcasts against [..., 1]. ``dispersion`` is the variance over that of
+    independent tokens: neighbouring tokens that choose alike raise it.
     """
     # The last bits of exp() depend on how numpy's vector loops meet the array: rounding keeps draws reproducible.
     probability = np.minimum(probability.round(12), 1.0)
     counts = rng.binomial(tokens, probability).astype(np.int64)
     spread = probability * (1.0 - probability) + 1e-12
-    if probability.shape[-1] <= 64:
+    if probability.shape[-1] <= 64 or dispersion != 1.0:
         # The correction takes each expert's share of the variance away (2 % of it and less for more experts): widen
         # the draw beforehand, so that N_e keeps T pi_e (1 - pi_e).
         kept = np.maximum(1.0 - spread / spread.sum(-1, keepdims=True), 0.25)
         mean = tokens * probability
-        wider = mean + (counts - mean) / np.sqrt(kept)
+        wider = mean + (counts - mean) * np.sqrt(dispersion / kept)
         counts = np.floor(wider + rng.random(counts.shape)).astype(np.int64).clip(0, tokens)
     for _ in range(8):  # more than one round only where clipping at 0 or at `tokens` bites
         missing = tokens * top_k - counts.sum(-1, keepdims=True)
@@ -126,3 +140,20 @@ def draw(probability: FloatArray, tokens: int | IntArray, top_k: int, rng: np.ra
         np.put_along_axis(counts, target, np.take_along_axis(counts, target, -1) + np.sign(missing), -1)
         missing = tokens * top_k - counts.sum(-1, keepdims=True)
     return counts
+
+
+def in_proportion(shares: FloatArray, tokens: int | IntArray, top_k: int) -> IntArray:
+    """Counts in proportion to shares [..., experts] that sum to tokens x top_k, by largest remainder; none over T."""
+    total = np.broadcast_to(np.asarray(tokens) * top_k, (*shares.shape[:-1], 1))
+    exact = np.minimum(shares / shares.sum(-1, keepdims=True) * total, tokens)
+    for _ in range(64):  # what the experts at the ceiling cannot take goes to the others
+        open_ = exact < tokens
+        missing = total - exact.sum(-1, keepdims=True)
+        if np.abs(missing).max() < 1e-6:
+            break
+        room = np.where(open_, np.maximum(exact, 1e-9), 0.0)
+        exact = np.minimum(exact + missing * room / np.maximum(room.sum(-1, keepdims=True), 1e-12), tokens)
+    counts = np.floor(exact + 1e-9).astype(np.int64)
+    short = total - counts.sum(-1, keepdims=True)
+    rank = np.argsort(np.argsort(-(exact - counts), axis=-1, kind="stable"), axis=-1)
+    return np.asarray(np.minimum(counts + (rank < short), tokens), dtype=np.int64)

@@ -85,6 +85,8 @@ Count = Annotated[float, Quantity(units.COUNT, "Count")]
 # Strict: a text such as "1.25" or "yes" is no number and no boolean, and true is not 1.
 Fraction = Annotated[float, Field(ge=0, le=1, strict=True, title="Fraction")]
 PositiveFraction = Annotated[float, Field(gt=0, le=1, strict=True, title="PositiveFraction")]
+ProperFraction = Annotated[float, Field(ge=0, lt=1, strict=True, title="ProperFraction")]
+Correlation = Annotated[float, Field(gt=-1, lt=1, strict=True, title="Correlation")]
 Positive = Annotated[float, Field(gt=0, le=1e30, strict=True, title="Positive")]
 NonNegative = Annotated[float, Field(ge=0, le=1e30, strict=True, title="NonNegative")]
 Whole = Annotated[int, Field(ge=1, le=10**9, strict=True, title="Whole")]

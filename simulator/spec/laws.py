@@ -269,8 +269,27 @@ def _routing(scenario: Scenario) -> Iterator[Problem]:
         yield Problem("routing.pad_to_capacity", "padding needs routing.capacity_factor")
     if routing.capacity_factor == "model" and (moe is None or moe.capacity_factor is None):
         yield Problem("routing.capacity_factor", "the model preset states no capacity factor; give a number or null")
+    if routing.capacity_factor_evaluation == "model" and (moe is None or moe.capacity_factor_evaluation is None):
+        yield Problem(
+            "routing.capacity_factor_evaluation", "the model preset states no evaluation factor; give a number or null"
+        )
     if routing.capacity_group_tokens == "model" and (moe is None or moe.capacity_group_tokens is None):
         yield Problem("routing.capacity_group_tokens", "the model preset states no group size; give a number or auto")
+    placement, ranks = routing.placement, scenario.parallelism.expert
+    if placement.redundant_experts and placement.kind != "balanced":
+        yield Problem("routing.placement.redundant_experts", "copies of experts need placement kind balanced")
+    if moe is not None and placement.redundant_experts and (moe.experts + placement.redundant_experts) % ranks:
+        slots = moe.experts + placement.redundant_experts
+        yield Problem(
+            "routing.placement.redundant_experts",
+            f"{moe.experts} experts and {placement.redundant_experts} copies make {slots} slots, which do not divide "
+            f"over {ranks} expert ranks; nearest: {-(-slots // ranks) * ranks - moe.experts}",
+        )
+    for index, remedy in enumerate(routing.balance):
+        if remedy.kind == "bias" and remedy.weight is not None:
+            yield Problem(f"routing.balance.{index}.weight", "the bias has no weight; its step is gamma")
+        if remedy.kind != "bias" and remedy.gamma is not None:
+            yield Problem(f"routing.balance.{index}.gamma", f"a loss has no step; {remedy.kind} has a weight")
 
 
 def _hot_experts(scenario: Scenario) -> Iterator[Problem]:

@@ -185,6 +185,17 @@ def _expand(document: Document, base: Path | None, names: dict[str, str]) -> Non
     if isinstance(training, dict) and isinstance(training.get("precision"), str):
         name = training["precision"]
         training["precision"] = dict(PRECISIONS[name]) if name in PRECISIONS else name
+    _find_recording(document, base)
+
+
+def _find_recording(document: Document, base: Path | None) -> None:
+    """Write the path of a recorded load in full where the file lies beside the scenario that names it."""
+    routing = document.tree.get("routing")
+    load = routing.get("load") if isinstance(routing, dict) else None
+    if base is not None and isinstance(load, dict) and isinstance(load.get("file"), str):
+        beside = base / load["file"]
+        if library.exists(beside):
+            load["file"] = str(beside.resolve())
 
 
 def _expand_model_preset(document: Document, model: dict[str, Any], base: Path | None) -> None:

@@ -109,6 +109,11 @@ class Router(Contract):
     )
     selection_bias: Flag = described("Per-expert bias used for the selection only (V3).", example=True, default=False)
     scaling: Positive = described("Factor on the routed output.", example=2.5, default=1.0)
+    second_choice: Literal["always", "random"] = described(
+        "Second expert of a top-2 router: always used, or at random in proportion to its weight (GShard, ST-MoE).",
+        example="random",
+        default="always",
+    )
     branching: Whole | None = described(
         "Two-level (hierarchical) gating: number of first-level groups; null = flat.", example=16, default=None
     )

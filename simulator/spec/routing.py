@@ -6,7 +6,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from simulator.spec.fields import Contract, Flag, Fraction, NonNegative, Positive, Whole, WholeOrZero, described
+from simulator.spec.fields import (
+    Contract,
+    Correlation,
+    Flag,
+    Fraction,
+    NonNegative,
+    Positive,
+    ProperFraction,
+    Whole,
+    WholeOrZero,
+    described,
+)
 
 
 class BalancedLoad(Contract):
@@ -22,18 +33,48 @@ class HotExperts(Contract):
     load: Positive = described("Their load relative to the mean.", example=2.5)
 
 
+class Growth(Contract):
+    """Popularity that builds up as favoured experts learn faster: logistic from a small start to `population`."""
+
+    start: Positive = described("Share of `population` at step 0.", example=0.05, default=0.05)
+    steps: Positive = described(
+        "Time constant: steps in which a small popularity grows by e.", unit="steps", example=100
+    )
+
+
 class LogitLoad(Contract):
-    """Gaussian expert logits with unit Gumbel noise per token; the sigmas are in logit units."""
+    """Expert logits per token: Gaussian tendencies in logit units plus unit Gumbel noise.
+
+    The tendencies are what the router does by itself; `routing.balance` reins them in.
+    """
 
     kind: Literal["logits"] = described("Load model.", example="logits")
     population: NonNegative = described("Popularity fixed per layer: sigma_pop.", example=0.25, default=0.0)
-    domain: NonNegative = described("Preference of one microbatch's documents: sigma_dom.", example=0.45, default=0.0)
-    token: NonNegative = described("Preference fixed by token identity: sigma_tok.", example=0.6, default=0.0)
-    context_correlation: Fraction = described("AR(1) correlation of neighbouring tokens.", example=0.23, default=0.0)
-    sticky: Fraction = described(
+    domain: NonNegative = described("Preference of one document: sigma_dom.", example=0.45, default=0.0)
+    documents: Whole | Literal["auto"] = described(
+        "Independent documents in a microbatch of one expert group; auto = its sequences.", example=1, default="auto"
+    )
+    token: NonNegative = described(
+        "Preference fixed by token identity, token frequencies after Zipf: sigma_tok.", example=0.6, default=0.0
+    )
+    context_correlation: Correlation = described(
+        "AR(1) correlation of the noise of neighbouring tokens.", example=0.23, default=0.0
+    )
+    sticky: ProperFraction = described(
         "Probability of repeating the previous token's first choice.", example=0.08, default=0.0
     )
     hot_experts: HotExperts | None = described("A few hot experts.", example={"count": 2, "load": 2.5}, default=None)
+    growth: Growth | None = described(
+        "How popularity builds up over the training steps; null = it is there from the start.",
+        example={"start": 0.05, "steps": 100},
+        default=None,
+    )
+    drift: NonNegative = described(
+        "Random walk of popularity: standard deviation per step, as a share of `population`.",
+        unit="1/step",
+        example=0.005,
+        default=0.0,
+    )
 
 
 class DirichletLoad(Contract):
@@ -44,20 +85,45 @@ class DirichletLoad(Contract):
 
 
 class ReplayLoad(Contract):
-    """Recorded counts [step, layer, expert]."""
+    """Recorded counts [step, layer, expert], scaled to the tokens of the scenario."""
 
     kind: Literal["replay"] = described("Load model.", example="replay")
-    file: str = described("CSV or npz file.", example="loads.npz")
+    file: str = described(
+        "CSV with the columns layer, expert, one of count, load or relative_load, and if need be step; or npz with an "
+        "array [step, layer, expert]. Relative to the scenario file.",
+        example="loads.npz",
+    )
+    where: dict[str, str | int] = described(
+        "Rows of a CSV to use: other column to value.", example={"domain": "github"}, default=dict
+    )
+    sampled: Flag = described(
+        "Draw counts with the recorded shares, instead of the recorded shares as they are.", example=True, default=False
+    )
 
 
 class Remedy(Contract):
     """One balancing mechanism."""
 
-    kind: Literal["importance", "load_balance", "z", "device", "communication", "sequence", "bias"] = described(
-        "Mechanism.", example="bias"
+    kind: Literal["importance", "load", "load_balance", "z", "device", "communication", "sequence", "bias"] = described(
+        "Mechanism: importance and load losses (1701.06538), load-balance loss (2101.03961), router z-loss "
+        "(2202.08906), device and communication losses (2405.04434), sequence-wise loss and bias (2412.19437).",
+        example="bias",
     )
-    weight: NonNegative | None = described("Weight of the loss.", example=0.01, default=None)
-    gamma: NonNegative | None = described("Step of the bias controller.", example=0.001, default=None)
+    weight: NonNegative | None = described("Weight of the loss; default: its paper's.", example=0.01, default=None)
+    gamma: NonNegative | None = described("Step of the bias controller; default 0.001.", example=0.001, default=None)
+
+
+class Placement(Contract):
+    """Which rank holds which expert."""
+
+    kind: Literal["contiguous", "balanced"] = described(
+        "contiguous: by number; balanced: packed by expected load, heaviest first.",
+        example="balanced",
+        default="contiguous",
+    )
+    redundant_experts: WholeOrZero = described(
+        "Further slots of a layer for copies of its most loaded experts (balanced only).", example=32, default=0
+    )
 
 
 Load = Annotated[BalancedLoad | LogitLoad | DirichletLoad | ReplayLoad, Field(discriminator="kind")]
@@ -70,7 +136,7 @@ class Routing(Contract):
         "null = dropless; a number; or model = the preset's.", example=1.25, default=None
     )
     capacity_factor_evaluation: Positive | Literal["model"] | None = described(
-        "Capacity factor at evaluation (for the record).", example=2.0, default=None
+        "Capacity factor at evaluation: what it drops is reported; no cost in training.", example=2.0, default=None
     )
     capacity_group_tokens: Whole | Literal["auto", "model"] = described(
         "Tokens that share one capacity; auto = the tokens of `capacity_scope`.",
@@ -93,11 +159,22 @@ class Routing(Contract):
         default="drop",
     )
     drop_order: Literal["arrival", "score", "random"] = described(
-        "Which tokens are dropped; the number does not depend on it.", example="arrival", default="arrival"
+        "Which tokens are dropped: the last to arrive, those of the lowest score, or any. Their number is the same.",
+        example="arrival",
+        default="arrival",
     )
     exempt_sequence_fraction: Fraction = described(
         "Sequences whose tokens are never dropped.", example=0.1, default=0.0
     )
     load: Load = described("How the load is distributed.", example={"kind": "balanced"}, default=BalancedLoad)
-    balance: tuple[Remedy, ...] = described("Balancing mechanisms.", example=[{"kind": "bias"}], default=())
+    balance: tuple[Remedy, ...] = described(
+        "Balancing mechanisms that act on `load`.", example=[{"kind": "bias"}], default=()
+    )
+    at_step: WholeOrZero | None = described(
+        "Optimizer step at which the load is looked at; null = after it has settled.",
+        unit="steps",
+        example=200,
+        default=None,
+    )
+    placement: Placement = described("Experts on ranks.", example={"kind": "balanced"}, default=Placement)
     seed: WholeOrZero = described("Seed of the random draws.", example=0, default=0)

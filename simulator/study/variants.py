@@ -57,7 +57,7 @@ def points(scenario: Scenario) -> list[Point]:
     if scenario.sweep:
         for values in itertools.product(*scenario.sweep.values()):
             changes = dict(zip(scenario.sweep, values, strict=True))
-            name = ", ".join(f"{path.rsplit('.', 1)[-1]} {_shown(value)}" for path, value in changes.items())
+            name = ", ".join(f"{path.rsplit('.', 1)[-1]} {brief(value, path)}" for path, value in changes.items())
             found.append(Point(name, changes, "sweep"))
     return found
 
@@ -100,5 +100,30 @@ def difference(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, f
     return {name: after.get(name, 0.0) - before.get(name, 0.0) for name in {**before, **after}}
 
 
-def _shown(value: Any) -> str:
-    return "null" if value is None else str(value)
+NULLS = {"capacity_factor": "dropless", "at_step": "settled", "window": "full attention", "group_limit": "all groups"}
+"""What null stands for in fields where it is a choice of its own, by the last part of the path."""
+
+
+def brief(value: Any, path: str = "") -> str:
+    """A value of a sweep in a few words; ``path`` says what null stands for.
+
+    >>> brief(None, "routing.capacity_factor"), brief({"kind": "logits", "population": 0.5}), brief(True)
+    ('dropless', 'logits population 0.5', 'true')
+    >>> brief([{"kind": "bias"}, {"kind": "sequence", "weight": 0.001}]), brief([]), brief([4, 4, 1])
+    ('bias + sequence weight 0.001', 'none', '4 4 1')
+    """
+    if value is None:
+        return NULLS.get(path.rsplit(".", 1)[-1], "null")
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, Mapping):
+        parts = [f"{key} {brief(each, str(key))}" for key, each in value.items() if key not in _NAMING]
+        return " ".join([*(str(value[key]) for key in _NAMING if key in value), *parts]) or "defaults"
+    if isinstance(value, list | tuple):
+        nested = any(isinstance(each, Mapping) for each in value)
+        return (" + " if nested else " ").join(brief(each) for each in value) or "none"
+    return str(value)
+
+
+_NAMING = ("kind", "preset", "name")
+"""Keys whose value says what a mapping is."""

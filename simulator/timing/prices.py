@@ -15,7 +15,6 @@ import numpy.typing as npt
 
 from simulator.layout import Layout
 from simulator.routing import ExpertLoad, tokens_per_rank
-from simulator.routing.traffic import copies_by_tier
 from simulator.spec.fields import ELEMENT_BYTES
 from simulator.spec.scenario import Scenario
 from simulator.timing import collectives
@@ -289,7 +288,7 @@ def exchange(pricer: Pricer, each: Exchange) -> list[Transfer]:
     rank_factor = rows.max(-1) / np.maximum(rows.mean(-1), 1e-12)
     by_node = rows.reshape(len(rows), nodes, -1).sum(-1) if span.size % nodes == 0 else rows
     node_factor = by_node.max(-1) / np.maximum(by_node.mean(-1), 1e-12)
-    copies = copies_by_tier(moe, span.ways, merged=not scenario.routing.pad_to_capacity)
+    copies = load.copies_by_tier(moe, span.ways, merged=not scenario.routing.pad_to_capacity)
     results = []
     for row in range(len(rows)):
         parts = []

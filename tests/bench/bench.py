@@ -11,13 +11,19 @@ import sys
 import time
 from collections.abc import Callable
 
+import numpy as np
+
 from simulator.campaign import simulate_step
 from simulator.events import evaluate, play
 from simulator.events.max_plus import forget_plans
 from simulator.layout import resolve
 from simulator.program import build, schedule_of
 from simulator.routing import expert_load
+from simulator.routing.load import draw, inclusion
+from simulator.routing.tendencies import Tendencies
+from simulator.routing.tokens import block
 from simulator.spec import load_scenario
+from simulator.spec.model import Router
 from simulator.timing import Pricer
 
 SCENARIO = "deepseek-v3"
@@ -37,6 +43,20 @@ def process(*arguments: str) -> Callable[[], object]:
     """A whole `moesim` process."""
     command = [sys.executable, "-m", "simulator.cli", *arguments]
     return lambda: subprocess.run(command, check=False, capture_output=True)
+
+
+def counts() -> object:
+    """Counts of 58 layers x 64 ranks x 256 experts, 62 500 tokens per rank."""
+    rng = np.random.default_rng(0)
+    weights = np.exp(0.5 * rng.standard_normal((58, 1, 256)))
+    chances = inclusion(weights / weights.sum(-1, keepdims=True), 8)
+    return draw(np.repeat(chances, 64, axis=1), 62_500, 8, rng)
+
+
+def tokens() -> object:
+    """One layer token by token: 20 000 tokens choose 8 of 256 experts."""
+    even = Tendencies(np.zeros((1, 256)), 8)
+    return block(even, 0, 20_000, np.random.default_rng(0)).picks(Router(), 8)
 
 
 def main() -> None:
@@ -68,6 +88,9 @@ def main() -> None:
             None,
             best(lambda: evaluate(step.program, step.prices), 3),
         ),
+        ("routing: counts, 58 layers x 64 ranks x 256 experts", 0.2, best(counts, 5)),
+        ("routing: 20 000 tokens x 256 experts, one layer", 0.1, best(tokens, 5)),
+        ("moesim validate --routing, whole process", None, best(process("validate", "--routing"), 1)),
         ("routing: loads drawn", None, best(lambda: expert_load(scenario, layout), 3)),
         (
             "pricing: all classes",

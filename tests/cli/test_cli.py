@@ -19,7 +19,8 @@ KEYS = set(
     gpu_hours gpu_hours_interval days cost_usd tokens_per_s_per_accelerator step_time_s step_breakdown_s bubble_s
     exposed_communication_s model_flop_per_token model_flop_per_token_noncausal mfu mfu_noncausal mfu_peak_flop_per_s
     hfu parameters_total parameters_active memory_peak_bytes memory_breakdown_bytes fits dropped_token_fraction
-    padding_fraction expert_load_max_over_mean all_to_all_bytes_per_token""".split()  # noqa: SIM905 (readable as text)
+    dropped_token_fraction_by_position lost_token_fraction padding_fraction expert_load_max_over_mean
+    expert_rank_load_max_over_mean all_to_all_bytes_per_token""".split()  # noqa: SIM905 (readable as text)
 )
 
 SMALL = """\
@@ -132,6 +133,55 @@ def test_step_writes_a_trace(moesim: Run, small: str, tmp_path: Path) -> None:
     assert json.loads(path.read_text())["traceEvents"]
 
 
+def test_step_shows_the_load_over_training_steps(moesim: Run, small: str, tmp_path: Path) -> None:
+    path = tmp_path / "load.html"
+    code, output, errors = moesim("step", small, "--over-steps", "20", "--json", "--figure", str(path))
+    rows = json.loads(output)["rows"]
+    assert (code, errors) == (0, f"wrote {path}\n")
+    assert {row["step"] for row in rows} == set(range(0, 21, 2))
+    assert {row["strategy"] for row in rows} == {"none", "importance loss", "load-balance loss", "bias"}
+    assert "Expert load over training steps" in path.read_text("utf-8")
+    code, table, _ = moesim("step", small, "--over-steps", "2")
+    assert code == 0
+    for word in ("training step", "load-balance loss", "MaxVio", "capacity factor of 1.25"):
+        assert word in table
+
+
+def test_the_load_over_steps_needs_a_load_that_changes(moesim: Run, small: str, tmp_path: Path) -> None:
+    balanced = ("--set", "routing.load={kind: balanced}")
+    assert moesim("step", small, "--over-steps", "2", *balanced)[2].startswith("routing.load is even by itself")
+    dense = ("--set", "model=mistral-7b", "--set", "parallelism={}", "--set", "routing={}", "--set", "variants={}")
+    code, output, errors = moesim("step", small, "--over-steps", "2", *dense, "--set", "sweep={}")
+    assert (code, output, errors.count("\n")) == (2, "", 1)
+    assert errors.startswith("routing.load: ")
+    assert moesim("step", small, "--figure", str(tmp_path / "x.html"))[0] == 2
+    assert moesim("step", small, "--over-steps", "2", "--trace", str(tmp_path / "x.json"))[0] == 2
+    assert list(tmp_path.glob("x.*")) == []
+
+
+def test_sweep_draws_its_rows(moesim: Run, small: str, tmp_path: Path) -> None:
+    path = tmp_path / "sweep.html"
+    code, output, errors = moesim("sweep", small, "--json", "--figure", str(path))
+    assert (code, len(json.loads(output)["rows"]), errors) == (0, 4, f"wrote {path}\n")
+    assert path.read_text("utf-8").count('class="plotly-graph-div"') == 2
+
+
+@pytest.mark.parametrize("verb", [("sweep",), ("step", "--over-steps", "2")])
+def test_a_figure_that_cannot_be_written_is_one_message(moesim: Run, small: str, tmp_path: Path, verb: Any) -> None:
+    missing = tmp_path / "missing" / "page.html"
+    message = f"{missing}: cannot be written: no such file or directory\n"
+    assert moesim(*verb, small, "--figure", str(missing)) == (2, "", message)
+    message = f"{tmp_path}: cannot be written: is a directory\n"
+    assert moesim(*verb, small, "--figure", str(tmp_path)) == (2, "", message)
+
+
+def test_points_of_a_sweep_are_named_briefly(moesim: Run, small: str) -> None:
+    axes = "sweep={routing.load: [{kind: logits, population: 0.5}], routing.balance: [[], [{kind: bias}]]}"
+    _, output, _ = moesim("sweep", small, "--json", "--set", axes, "--set", "variants={}")
+    names = [row["name"] for row in json.loads(output)["rows"][1:]]
+    assert names == ["load logits population 0.5, balance none", "load logits population 0.5, balance bias"]
+
+
 def test_sweep_gives_rows_with_changes_and_estimates(moesim: Run, small: str) -> None:
     code, output, _ = moesim("sweep", small, "--json")
     rows = json.loads(output)["rows"]
@@ -161,12 +211,13 @@ def test_a_point_that_breaks_a_law_is_reported_in_its_row(moesim: Run, small: st
 
 
 def test_capacity_factors_drops_never_grow_and_padded_steps_never_shrink(moesim: Run) -> None:
-    _, output, _ = moesim("sweep", "capacity-factor", "--json")
-    rows = json.loads(output)["rows"]
-    padded = {r["routing.capacity_factor"]: r for r in rows if r.get("routing.pad_to_capacity")}
-    plain = {r["routing.capacity_factor"]: r for r in rows[1:] if not r.get("routing.pad_to_capacity")}
+    axes = "sweep={routing.capacity_factor: [1.0, 1.25, 1.5, 2.0, null], routing.pad_to_capacity: [false, true]}"
+    _, output, _ = moesim("sweep", "capacity-factor", "--json", "--set", axes, "--set", "variants={}")
+    rows = [row for row in json.loads(output)["rows"][1:] if "error" not in row]
+    padded = {r["routing.capacity_factor"]: r for r in rows if r["routing.pad_to_capacity"]}
+    plain = {r["routing.capacity_factor"]: r for r in rows if not r["routing.pad_to_capacity"]}
     factors = [1.0, 1.25, 1.5, 2.0]
-    assert sorted(padded) == factors
+    assert sorted(padded) == factors  # without a capacity there is nothing to pad to
     assert set(plain) == {*factors, None}
     drops = [plain[factor]["dropped_token_fraction"] for factor in (*factors, None)]
     assert drops == sorted(drops, reverse=True)
@@ -256,7 +307,7 @@ def test_validate_holds_predictions_against_published_runs(moesim: Run) -> None:
     result = json.loads(output)
     assert code == 0
     assert {check["group"] for check in result["checks"]} == {"runs"}
-    assert result["summary"]["deepseek-v3-h800"]["checks"] == len(result["checks"])
+    assert result["summary"]["runs"]["deepseek-v3-h800"]["checks"] == len(result["checks"])
 
 
 def test_check_finds_what_is_wrong_in_variants_and_sweeps(moesim: Run, small: str) -> None:

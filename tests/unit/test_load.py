@@ -316,7 +316,7 @@ def test_a_value_of_the_wrong_kind(file: Path, path: str, value: Any, message: s
             "routing.load",
             {"kind": "logits", "populaton": 1},
             "routing.load.populaton: unknown key 'populaton'; did you mean 'population'? Allowed: context_correlation, "
-            "domain, hot_experts, kind, population, sticky, token",
+            "documents, domain, drift, growth, hot_experts, kind, population, sticky, token",
         ),
         ("parallelism.overlap", ["pipelin"], "parallelism.overlap.0: must be one of expert_all_to_all, "),
         (

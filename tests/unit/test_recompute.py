@@ -87,6 +87,10 @@ def test_experts_that_choose_their_tokens_are_balanced() -> None:
     assert load is not None
     assert load.max_over_mean == load.rank_max_over_mean == 1.0
     skewed = load_scenario(SMALL, {**chooses, "routing.load": {"kind": "logits", "population": 1.0}})
+    same = expert_load(skewed, resolve(skewed))
+    assert same is not None
+    assert (same.assigned == load.assigned).all()
+    limited = load_scenario(SMALL, {**chooses, "routing.capacity_factor": 1.0})
     with pytest.raises(NotSimulated) as refused:
-        expert_load(skewed, resolve(skewed))
-    assert "balanced by construction" in str(refused.value)
+        expert_load(limited, resolve(limited))
+    assert "take the same number each" in str(refused.value)

@@ -19,11 +19,16 @@ from simulator import estimate, load_scenario
 from simulator.campaign import TrainingEstimate
 from simulator.program import COMPUTE, EXPERT
 from simulator.report import figures
-from simulator.report.curves import families, row_labels, shared_axes
+from simulator.report.balancing import over_steps_figure
+from simulator.report.families import families, row_labels, shared_axes, shown
 from simulator.report.gantt import COMBINE, DISPATCH, KINDS, occupancy, steady_window
+from simulator.report.glossary import explained
 from simulator.report.html import page, write_html
+from simulator.report.page import save
+from simulator.report.study_pages import write_over_steps, write_sweep
 from simulator.report.style import GIB, short
 from simulator.report.trace import chrome_trace, op_names, write_trace
+from simulator.study import LoadRow, Row, load_over_steps
 
 NAME = "<script>alert(1)</script> & friends @sections@"
 MIXTRAL: dict[str, Any] = {
@@ -209,8 +214,20 @@ def test_the_load_figure_averages_to_one(result: TrainingEstimate) -> None:
     assert ("after capacity, median" in names) == (load.dropped_fraction > 0)
 
 
+def test_the_position_figure_shows_the_drops_by_tenths(mixtral: TrainingEstimate, deepseek: TrainingEstimate) -> None:
+    load = mixtral.step.load
+    assert load is not None
+    (bars,) = figures.position_figure(load).data
+    assert len(bars.y) == 10
+    assert np.mean(bars.y) == pytest.approx(100.0 * load.dropped_fraction, rel=0.05)
+    assert bars.y[-1] == max(bars.y) > bars.y[0]  # in order of arrival the last ones are dropped
+    assert "figure-position" in page(mixtral)
+    assert "figure-position" not in page(deepseek)
+
+
 def _row(changes: dict[str, Any], hours: float, **more: Any) -> dict[str, Any]:
     keys = {"step_time_s": 1.0, "memory_peak_bytes": GIB, "dropped_token_fraction": 0.1, "padding_fraction": 0.2}
+    keys["memory_limit_bytes"] = 2 * GIB
     return {"changes": changes, "gpu_hours": hours, **keys, "parameters_total": 2e9, "parameters_active": 1e9, **more}
 
 
@@ -219,18 +236,61 @@ def test_a_sweep_is_curves_against_its_first_axis() -> None:
     assert families(rows) == [rows]
     assert shared_axes(rows[1:]) == ["a.b", "c"]
     figure = figures.sweep_figure(rows)
-    hours = {trace.name: (trace.x, trace.y) for trace in figure.data if trace.xaxis == "x"}
+    hours = {trace.name: (trace.x, trace.y) for trace in figure.data if trace.xaxis == "x6"}
     assert hours == {"c = 0": ((1.0, 2.0), (1.0, 2.0)), "c = 1": ((1.0, 2.0), (11.0, 12.0))}
-    dropped = [trace.y for trace in figure.data if trace.xaxis == "x4"]
+    dropped = [trace.y for trace in figure.data if trace.xaxis == "x3"]
     assert dropped == [(10.0, 10.0)] * 2
+
+
+def _panel(figure: go.Figure, title: str) -> list[Any]:
+    """Traces of the panel with a title."""
+    titles = [each.text for each in figure.layout.annotations if each.xref == "paper"]
+    number = titles.index(title) + 1
+    axis = "x" if number == 1 else f"x{number}"
+    return [trace for trace in figure.data if trace.xaxis == axis]
+
+
+def test_a_sweep_shows_waiting_and_the_usable_memory_and_parameters_that_vary() -> None:
+    rows = [_row({"a": a}, 1.0, step_breakdown_s={"waiting": 0.25} if a else {}) for a in (0, 1)]
+    figure = figures.sweep_figure(rows)
+    assert [trace.y for trace in _panel(figure, "Waiting for other ranks (s)")] == [(0.0, 0.25)]
+    (limit,) = figure.layout.shapes
+    assert (limit.y0, limit.line.dash, limit.yref) == (2.0, "dash", "y5")
+    assert not any("Parameters" in each.text for each in figure.layout.annotations)
+    rows[1]["parameters_total"] = 3e9
+    assert len(_panel(figures.sweep_figure(rows), "Parameters (B), dotted: active")) == 2
 
 
 def test_a_mixed_axis_is_categorical_and_missing_numbers_are_gaps() -> None:
     rows = [_row({"x": None}, 1.0), _row({"x": 1.25}, 2.0), _row({"x": "<b>"}, 3.0) | {"gpu_hours": None}]
     figure = figures.sweep_figure(rows)
-    assert figure.data[0].x == ("null", "1.25", "&lt;b&gt;")
-    assert figure.data[0].y == (1.0, 2.0, None)
+    (hours,) = _panel(figure, "Accelerator-hours")
+    assert hours.x == ("null", "1.25", "&lt;b&gt;")
+    assert hours.y == (1.0, 2.0, None)
     assert figure.layout.xaxis.type == "category"
+
+
+def test_values_of_an_axis_read_well() -> None:
+    factor = "routing.capacity_factor"
+    rows = [_row({factor: value}, 1.0) for value in (None, 2.0, 1.25)]
+    figure = figures.sweep_figure(rows)
+    assert figure.data[0].x == ("1.25", "2.0", "dropless")  # numbers rise, null comes last
+    assert figure.layout.xaxis.categoryarray == ("1.25", "2.0", "dropless")
+    loads = [{"kind": "balanced"}, {"kind": "logits", "population": 0.5}, {"kind": "logits", "population": 1.0}]
+    figure = figures.sweep_figure([_row({"routing.load": load}, 1.0) for load in loads])
+    assert figure.data[0].x == ("balanced", "logits population 0.5", "logits population 1.0")
+    assert figure.layout.xaxis4.ticktext[1] == "logits<br>population 0.5"
+    assert [shown([], "routing.balance"), shown([{"kind": "bias"}], "routing.balance")] == ["none", "bias"]
+
+
+def test_a_sweep_over_models_has_a_figure_for_each() -> None:
+    base = _row({}, 1.0)
+    rows = [base] + [_row({"f": f, "model": model}, 1.0) for model in ("one", "<two>") for f in (1.0, 2.0)]
+    assert families(rows) == [rows[1:3], rows[3:]]
+    titles = [figures.sweep_figure(family).layout.title.text for family in families(rows)]
+    assert titles == ["one: sweep of f", "&lt;two&gt;: sweep of f"]
+    alone = [base] + [_row({"model": model}, 1.0) for model in ("one", "two")]
+    assert families(alone) == [alone]
 
 
 def test_variants_are_bars_apart_from_the_sweep() -> None:
@@ -295,3 +355,66 @@ def test_a_dense_model_has_a_page_too() -> None:
     text = page(estimate(load_scenario(scenario)))
     assert "no token is routed" in text
     assert "Variants and sweeps" not in text
+
+
+# --- pages of studies -------------------------------------------------------------------------------------------------
+
+
+def _own(path: Path) -> str:
+    """A page without the library, which it must hold once."""
+    text, library = path.read_text(encoding="utf-8"), get_plotlyjs()
+    assert text.count(library) == 1
+    assert "default-src 'none'" in text
+    return text.replace(library, "")
+
+
+def test_a_sweep_is_a_page_of_its_own(mixtral: TrainingEstimate, tmp_path: Path) -> None:
+    values = {key: value for key, value in mixtral.as_dict().items() if key != "scenario"}
+    rows = [Row("base", {}, values, kind="base")]
+    rows += [Row(f"x {x}", {"x": x}, values, kind="sweep") for x in (1, 2)]
+    rows += [Row("x 3", {"x": 3}, {}, "three <is> too many", kind="sweep")]
+    write_sweep(mixtral.scenario, rows, tmp_path / "sweep.html")
+    own = _own(tmp_path / "sweep.html")
+    assert own.count('class="plotly-graph-div"') == 1
+    assert "x 3: three &lt;is&gt; too many" in own
+    assert "<script>alert" not in own
+
+
+def test_the_load_over_steps_is_a_page_of_its_own(tmp_path: Path) -> None:
+    load = {"kind": "logits", "population": 1.0}
+    scenario = load_scenario({**MIXTRAL, "routing": {"load": load, "balance": [{"kind": "bias"}]}})
+    rows = load_over_steps(scenario, [0, 20])
+    figure = over_steps_figure(rows)
+    curves = {trace.name: trace for trace in figure.data if trace.xaxis == "x"}
+    assert set(curves) == {"none", "importance loss", "load-balance loss", "bias"}
+    assert curves["none"].y == tuple(row.max_violation for row in rows if row.strategy == "none")
+    dropped = [trace.y for trace in figure.data if trace.xaxis == "x2" and trace.name == "bias"]
+    shares = (100.0 * row.dropped_fraction_at_capacity_factor for row in rows if row.strategy == "bias")
+    assert dropped == [tuple(shares)]
+    write_over_steps(scenario, rows, tmp_path / "load.html")
+    assert "figure-over-steps" in _own(tmp_path / "load.html")
+
+
+def test_even_loads_and_odd_names_can_be_drawn() -> None:
+    figure = over_steps_figure([LoadRow("<b>", step, 0.0, 0.0, 1.0, 1.25, 0.0) for step in (0, 1)])
+    assert figure.data[0].name == "&lt;b&gt;"
+    assert figure.layout.yaxis.type is None  # a logarithmic axis could not show 0
+
+
+def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "page.html"
+    save(target, "one")
+    with pytest.raises(UnicodeEncodeError):
+        save(target, "two \ud800")
+    assert target.read_text("utf-8") == "one"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_new_routing_numbers_are_explained(mixtral: TrainingEstimate) -> None:
+    values = mixtral.as_dict()
+    entry = explained("dropped_token_fraction_by_position", values)
+    assert list(entry["terms"].values()) == values["dropped_token_fraction_by_position"]
+    assert list(entry["terms"])[::9] == ["0 to 10 %", "90 to 100 %"]
+    assert "2402.01739" in entry["source"]
+    for name in ("lost_token_fraction", "expert_rank_load_max_over_mean"):
+        assert explained(name, values)["value"] == values[name]

@@ -16,7 +16,7 @@ import pytest
 
 from simulator.layout import Span, resolve
 from simulator.routing import expert_load
-from simulator.routing.traffic import distinct_groups
+from simulator.routing.traffic import distinct, distinct_groups
 from simulator.spec import Scenario, load_profile, load_scenario
 from simulator.spec.hardware import HardwareProfile
 from simulator.timing import Bulk, Compute, Exchange, Fixed, Item, OpClass, Pricer, Region, Send, Update
@@ -442,8 +442,11 @@ def test_an_exchange_moves_one_copy_per_node_and_per_rank_of_the_busiest() -> No
     rows = prices.by_rank[:, 0].sum(-1)
     nodes = rows.reshape(len(rows), 2, 4).sum(-1)
     rank_skew, node_skew = (each.max(-1) / each.mean(-1) for each in (rows, nodes))
-    ranks, other = distinct_groups(16, 8, 2) * 3 / 4, distinct_groups(16, 2, 2) * 1 / 2
+    assert prices.load is not None
+    assert prices.load.picks is not None  # what tokens choose together under this load
+    ranks, other = distinct(prices.load.picks, 16, 8) * 3 / 4, distinct(prices.load.picks, 16, 2) * 1 / 2
 
+    assert distinct(prices.load.picks, 16, 8) == pytest.approx(distinct_groups(16, 8, 2), rel=0.05)
     assert (priced.rows.tolist(), priced.lanes) == ([len(rows)], 1)
     assert (rank_skew > node_skew).all()
     assert priced.latency.tolist() == pytest.approx([40 * US] * len(rows))

@@ -1,0 +1,112 @@
+"""What an estimate takes for granted, in sentences: shown with every answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from simulator.campaign.step import Step
+from simulator.spec import Scenario
+from simulator.spec.fields import Contract, Sourced
+from simulator.spec.model import MixtureOfExperts
+from simulator.spec.routing import BalancedLoad, LogitLoad, Remedy, ReplayLoad
+
+
+def assumptions(step: Step) -> list[str]:
+    """What the estimate of a step takes for granted."""
+    scenario, load = step.scenario, step.load
+    stated = ["no failures, restarts or reserved idle time: GPU-hours are those of uninterrupted training"]
+    assumed = assumed_numbers(scenario.cluster.profile)
+    if assumed:
+        stated.append(
+            f"{len(assumed)} numbers of profile {scenario.profile_name} are assumed: {', '.join(assumed[:8])}"
+            + (", ..." if len(assumed) > 8 else "")
+        )
+    if load is not None:
+        groups = step.layout.expert_data
+        if groups > 1:
+            kind = scenario.routing.load.kind
+            stated.append(f"expert load {kind}: one expert group stands for all {groups} of a stage")
+        if scenario.parallelism.expert > 1 and not scenario.routing.pad_to_capacity:
+            stated.append("a token travels once to each node and rank that holds its experts (DeepEP-type dispatch)")
+        if load.dropped_fraction > 0.0:
+            stated.append("MFU counts dropped assignments as done; HFU does not")
+        if load.assigned.shape[0] < step.layout.microbatches:
+            stated.append(
+                f"loads of {load.assigned.shape[0]} microbatches are drawn and repeated over {step.layout.microbatches}"
+            )
+    stated += _routing(scenario)
+    if scenario.model.encoder is not None:
+        stated.append("tokens are encoder tokens; the decoder's work is spread over them")
+    if step.engine == "max-plus":
+        stated.append("max-plus engine: no two transfers share a link")
+    return stated
+
+
+def assumed_numbers(profile: Contract) -> list[str]:
+    """Paths of the profile's numbers that are assumed rather than measured, fitted or printed."""
+    found: list[str] = []
+
+    def walk(node: object, path: str) -> None:
+        if isinstance(node, Sourced):
+            if node.kind == "assumed":
+                found.append(path)
+        elif isinstance(node, Contract):
+            for name in type(node).model_fields:
+                walk(getattr(node, name), f"{path}.{name}" if path else name)
+        elif isinstance(node, dict):
+            for name, value in node.items():
+                walk(value, f"{path}.{name}")
+        elif isinstance(node, tuple):
+            for index, value in enumerate(node):
+                walk(value, f"{path}.{getattr(value, 'name', index)}")
+
+    walk(profile, "")
+    return found
+
+
+def _routing(scenario: Scenario) -> Iterator[str]:
+    """What is assumed about the load of the experts, its balancing and where experts are."""
+    moe, routing = scenario.model.moe, scenario.routing
+    if moe is None:
+        return
+    load, kinds = routing.load, [remedy.kind for remedy in routing.balance]
+    if moe.router.kind == "expert_choice":
+        stated = not isinstance(load, BalancedLoad) or kinds
+        yield "experts that choose their tokens are equally loaded" + (
+            ": routing.load and routing.balance do not act" if stated else ""
+        )
+    elif isinstance(load, ReplayLoad):
+        ignored = "; routing.balance does not act on it" if kinds else ""
+        yield f"remedies are part of a recorded load{ignored}"
+    else:
+        acting = [remedy.kind for remedy in routing.balance if _acts(remedy, moe)]
+        if acting and isinstance(load, BalancedLoad):
+            yield f"the stated load is balanced: it leaves {_listed(acting)} nothing to do"
+        elif acting:
+            law = "; losses shrink popularity by a law fitted to published loads" if set(acting) - {"bias"} else ""
+            yield f"remedies that act on the stated load: {_listed(acting)}{law}"
+        still = [remedy.kind for remedy in routing.balance if remedy.kind != "z" and not _acts(remedy, moe)]
+        if still:
+            yield f"remedies without an effect on the load: {_listed(still)}"
+        if "z" in kinds:
+            yield "the router z-loss has no effect on the load"
+        grows = isinstance(load, LogitLoad) and load.growth is not None
+        biased = "bias" in acting and not isinstance(load, BalancedLoad)
+        if (grows or biased) and routing.at_step is None:
+            yield "the load is that of the settled router; the first steps are left out"
+    if routing.placement.redundant_experts:
+        yield "redundant experts: their weights and gradients are counted on every rank that holds a copy"
+    if moe.router.second_choice == "random":
+        yield "second choices that the router makes at random are all counted"
+
+
+def _acts(remedy: Remedy, moe: MixtureOfExperts) -> bool:
+    """Whether a remedy changes the load: not at strength 0, nor between devices where there is but one."""
+    if remedy.kind == "z" or 0.0 in (remedy.weight, remedy.gamma):
+        return False
+    return remedy.kind not in ("device", "communication") or moe.router.groups > 1
+
+
+def _listed(kinds: Sequence[str]) -> str:
+    names = {"load_balance": "load-balance loss", "bias": "bias", "sequence": "sequence-wise loss"}
+    return ", ".join(names.get(kind, f"{kind} loss") for kind in kinds)
