@@ -62,6 +62,10 @@ def _override(text: str) -> Callable[[Path], str]:
     return _changed("  accelerators: 8\n", f"  accelerators: 8\n  overrides: {{{text}}}\n")
 
 
+def _routing(text: str) -> Callable[[Path], str]:
+    return _file(f"{SCENARIO}routing:\n{text}")
+
+
 def _sparse(folder: Path) -> str:
     path = folder / "scenario.yaml"
     with path.open("wb") as file:
@@ -227,6 +231,67 @@ BAD_INPUTS = [
         _changed("4096", "[4096]"),
         "{file}:8:20: training.sequence_length: must be a whole number or a mapping",
     ),
+    # Routing.
+    BadInput(
+        "unknown-load",
+        _routing("  load: {kind: logit, population: 1.0}\n"),
+        "{file}:11:16: routing.load.kind: unknown kind 'logit'; did you mean 'logits'?",
+    ),
+    BadInput(
+        "unknown-remedy",
+        _routing("  balance: [{kind: bais}]\n"),
+        "{file}:11:20: routing.balance.0.kind: ",
+    ),
+    BadInput(
+        "remedy-without-kind",
+        _routing("  balance: [{weight: 0.01}]\n"),
+        "{file}:11:13: routing.balance.0.kind: is required",
+    ),
+    BadInput(
+        "recording-without-file",
+        _routing("  load: {kind: replay}\n"),
+        "{file}:11:9: routing.load.file: is required, for example loads.npz",
+    ),
+    BadInput(
+        "certain-repetition",
+        _routing("  load: {kind: logits, sticky: 1.0}\n"),
+        "{file}:11:32: routing.load.sticky: must be less than 1 (got 1.0)",
+    ),
+    BadInput(
+        "full-correlation",
+        _routing("  load: {kind: logits, context_correlation: -1.0}\n"),
+        "{file}:11:45: routing.load.context_correlation: must be greater than -1 (got -1.0)",
+    ),
+    BadInput(
+        "hotter-than-all-tokens",
+        _routing("  load: {kind: logits, hot_experts: {count: 1, load: 5.0}}\n"),
+        "{file}:11:54: routing.load.hot_experts.load: 5 times the mean; 1 experts can have 4",
+    ),
+    BadInput(
+        "weight-of-a-bias",
+        _routing("  balance: [{kind: bias, weight: 0.01}]\n"),
+        "{file}:11:34: routing.balance.0.weight: the bias has no weight; its step is gamma",
+    ),
+    BadInput(
+        "step-of-a-loss",
+        _routing("  balance: [{kind: z}, {kind: sequence, gamma: 0.01}]\n"),
+        "{file}:11:48: routing.balance.1.gamma: a loss has no step; sequence has a weight",
+    ),
+    BadInput(
+        "copies-in-order",
+        _routing("  placement: {redundant_experts: 8}\n"),
+        "{file}:11:34: routing.placement.redundant_experts: copies of experts need placement kind balanced",
+    ),
+    BadInput(
+        "copies-that-do-not-divide",
+        _changed(
+            "training:",
+            "parallelism: {expert: 8}\nrouting: {placement: {kind: balanced, redundant_experts: 3}}\ntraining:",
+        ),
+        "routing.placement.redundant_experts: 8 experts and 3 copies make 11 slots, which do not divide over 8 expert "
+        "ranks; nearest: 8",
+    ),
+    BadInput("step-before-the-start", _routing("  at_step: -1\n"), "{file}:11:12: routing.at_step: must be at least 0"),
 ]
 
 

@@ -43,6 +43,15 @@ def test_python_examples_run(code: str, capsys: pytest.CaptureFixture[str]) -> N
     assert "Ledger" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("part", re.findall(r"```yaml\n(.*?)```", README.read_text("utf-8"), re.DOTALL))
+def test_yaml_examples_are_parts_of_a_scenario(part: str) -> None:
+    from ruamel.yaml import YAML
+
+    from simulator import load_scenario
+
+    assert load_scenario("quickstart", YAML(typ="safe").load(part)).routing.placement.redundant_experts == 8
+
+
 def test_links_lead_somewhere() -> None:
     for page in (README, *(ROOT / "docs").rglob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text("utf-8")):

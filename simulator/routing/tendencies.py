@@ -136,7 +136,7 @@ def smoothed(logits: FloatArray, variance: float, top_k: int) -> FloatArray:
     pi_e = E[1 - exp(-w_e t exp(noise))], t solved as in :mod:`simulator.routing.load`, the mean by quadrature.
 
     >>> smoothed(np.array([0.0, 2.0, 0.0, -2.0]), 1.0, 1).round(2).tolist()
-    [0.06, 1.45, 0.06, -1.56]
+    [0.07, 1.67, 0.07, -1.81]
     """
     experts = logits.shape[-1]
     if variance <= 0.0 or top_k >= experts:
@@ -197,10 +197,13 @@ def _with_hot(plain: Tendencies, hot: HotExperts, rng: np.random.Generator) -> T
     """Give some experts of each layer a fixed multiple of the mean load; the others share the rest as before."""
     layers, experts = plain.logits.shape
     count, top_k = min(hot.count, experts - 1), plain.top_k
+    if top_k >= experts:  # every token chooses them all
+        return plain
     order = np.argsort(rng.random((layers, experts)), axis=-1)
     pinned = np.zeros((layers, experts), dtype=bool)
     np.put_along_axis(pinned, order[:, :count], True, axis=-1)
     chance = min(hot.load * top_k / experts, (top_k - 1e-6) / count, 1.0 - 1e-6)
+    chance = max(chance, (top_k - experts + count + 1e-6) / count)  # the others cannot have more than all tokens either
     logits = logits_of(_sharing_the_rest(plain.logits, pinned, np.full((layers, experts), chance), top_k), top_k)
     return replace(plain, logits=logits - logits.mean(-1, keepdims=True), pinned=pinned)
 

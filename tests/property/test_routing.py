@@ -17,8 +17,12 @@ from simulator.layout import resolve
 from simulator.routing import capacity as capacities
 from simulator.routing import expert_load
 from simulator.routing.load import draw, inclusion
+from simulator.routing.remedies import Batch, shrunk, trajectory
+from simulator.routing.tendencies import chances_of, draw_tendencies
 from simulator.routing.traffic import distinct_groups
 from simulator.spec import load_scenario
+from simulator.spec.model import MixtureOfExperts, Router
+from simulator.spec.routing import DirichletLoad, LogitLoad, Remedy
 
 Counts = npt.NDArray[np.int64]
 
@@ -56,6 +60,66 @@ def test_every_draw_gives_each_token_top_k_experts_and_no_expert_twice(case: Any
 
     assert (counts.sum(-1) == tokens * top_k).all()
     assert ((counts >= 0) & (counts <= tokens)).all()
+
+
+@settings(deadline=None, max_examples=100)
+@given(routed(), st.integers(0, 2**32 - 1))
+def test_chances_of_the_extremest_loads_are_chances(case: Any, seed: int) -> None:
+    """Dirichlet shares, popularity and hot experts: never above one, always top_k in all, and their logits too."""
+    weights, _, top_k, _ = case
+    experts = weights.shape[-1]
+    rng = np.random.default_rng(seed)
+    concentration = float(10.0 ** rng.uniform(-2, 3))
+    hot = {"count": 1, "load": 1.0} if experts > 1 else None
+    for load in (
+        DirichletLoad(kind="dirichlet", concentration=concentration),
+        LogitLoad.model_validate(
+            {"kind": "logits", "population": rng.uniform(0, 9), "domain": 2.0, "hot_experts": hot}
+        ),
+    ):
+        chances = draw_tendencies(load, 2, experts, top_k, rng).chances(2, 3.0, rng)
+        assert np.allclose(chances.sum(-1), top_k, rtol=2e-3)
+        assert ((chances >= 0.0) & (chances <= 1.0 + 1e-9)).all()
+
+
+LOSSES = st.sampled_from(["importance", "load", "load_balance", "device", "communication", "sequence", "z"])
+
+
+@settings(deadline=None, max_examples=100)
+@given(LOSSES, st.floats(0, 10), st.floats(0, 10), st.sampled_from([0.2, 1.0, 3.0]), st.integers(0, 10**6))
+def test_a_stronger_weight_never_leaves_more_spread(kind: Any, a: float, b: float, sigma: float, seed: int) -> None:
+    """Of experts; a device loss of devices, since inside of a device it has no say."""
+    plain = draw_tendencies(
+        LogitLoad(kind="logits", population=sigma, domain=0.5), 2, 16, 2, np.random.default_rng(seed)
+    )
+    weak, strong = (
+        shrunk(plain, [Remedy(kind=kind, weight=weight)], devices=4) for weight in sorted((float(a), float(b)))
+    )
+    spreads = []
+    for each in (plain, weak, strong):
+        mean = kind in ("device", "communication")
+        spreads.append((each.logits.reshape(2, 4, 4).mean(-1) if mean else chances_of(each.logits, 2)).std(-1))
+
+    assert (spreads[0] >= spreads[1] - 1e-9).all()
+    assert (spreads[1] >= spreads[2] - 1e-9).all()
+    assert plain.domain >= weak.domain >= strong.domain
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.floats(0.0, 2.0), st.sampled_from(["softmax", "sigmoid"]), st.integers(0, 10**6))
+def test_a_bias_never_leaves_more_spread_than_it_found(sigma: float, kind: Any, seed: int) -> None:
+    """Once settled, but for the swing of its own steps."""
+    plain = draw_tendencies(LogitLoad(kind="logits", population=sigma), 2, 16, 2, np.random.default_rng(seed))
+    moe = MixtureOfExperts(experts=16, top_k=2, expert_ffn_size=64, router=Router(kind=kind))
+    (settled,) = trajectory(
+        plain, [None], remedies=[Remedy(kind="bias")], moe=moe, batch=Batch(65536, 8), rng=np.random.default_rng(seed)
+    )
+    spreads = [
+        each.std(-1).max() * 8
+        for each in (settled.chances(1, 1, np.random.default_rng(0))[0], chances_of(plain.logits, 2))
+    ]
+
+    assert spreads[0] <= max(spreads[1], 0.05)
 
 
 COUNTS = st.lists(st.lists(st.integers(0, 40), min_size=4, max_size=4), min_size=1, max_size=3).map(np.array)
@@ -160,6 +224,8 @@ def test_a_scenarios_load_is_conserved(
     assert (load.computed >= load.processed).all()
     assert 0.0 <= load.dropped_fraction < 1.0
     assert 0.0 <= load.padding_fraction < 1.0
+    assert abs(load.drop_profile.mean() - load.dropped_fraction) < 1e-9 or scope == "global"
+    assert 0.0 <= load.lost_fraction <= load.dropped_fraction + 0.05
     if overflow == "none":
         assert (load.processed == load.assigned).all()
     if overflow == "drop":

@@ -1,29 +1,28 @@
-"""Routing: who gets how many tokens, what overflows, and how far a token travels.
+"""Routing: who gets how many tokens, what overflows, and what a scenario makes of it.
 
 Counts are drawn directly, without simulating tokens. Two oracles guard the drawing: a simulation that routes every
 token by noisy top-k, and the exact binomial law of balanced routing, N ~ Binomial(T, k/E), under which the dropped
-fraction of assignments at capacity C is E[max(0, N - C)] / (T k / E).
+fraction of assignments at capacity C is E[max(0, N - C)] / (T k / E) (:func:`balanced_drop`).
 """
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from scipy import stats
 
-from simulator.errors import NotSimulated
+from simulator.errors import InvalidInput, NotSimulated
 from simulator.layout import resolve
-from simulator.routing import ExpertLoad, expert_load, group_tokens, tokens_per_rank
+from simulator.routing import ExpertLoad, documents, expert_load, group_tokens, over_steps, tokens_per_rank
 from simulator.routing import capacity as capacities
-from simulator.routing.load import draw, inclusion, popularity
-from simulator.routing.traffic import copies, copies_by_tier, distinct_groups, limited_groups
-from simulator.spec import Scenario, load_model, load_scenario
-from simulator.spec.routing import DirichletLoad, HotExperts, LogitLoad, ReplayLoad
+from simulator.routing import load as loads
+from simulator.routing.closed_forms import balanced_drop
+from simulator.routing.load import draw, in_proportion, inclusion
+from simulator.routing.traffic import copies_by_tier
+from simulator.spec import Scenario, load_scenario
 
 Counts = npt.NDArray[np.int64]
 Weights = npt.NDArray[np.float64]
@@ -133,58 +132,31 @@ def test_every_expert_keeps_the_variance_of_its_binomial_law() -> None:
 
 # The exact law of balanced routing
 
-GROUPS = {
-    "4096 tokens, 8 experts, top-2": (4096, 8, 2),
-    "1024 tokens, 64 experts, top-1": (1024, 64, 1),
-    "4096 tokens, 128 experts, top-1": (4096, 128, 1),
-    "8192 tokens, 128 experts, top-1": (8192, 128, 1),
-    "4096 tokens, 64 experts, top-2": (4096, 64, 2),
-    "4096 tokens, 64 experts, top-6": (4096, 64, 6),
-    "65536 tokens, 256 experts, top-8": (65536, 256, 8),
-}
 
-DROPS = {
-    "4096 tokens, 8 experts, top-2": (1.08, 0.00, 0.00, 0.00),
-    "1024 tokens, 64 experts, top-1": (9.84, 7.13, 2.24, 0.30),
-    "4096 tokens, 128 experts, top-1": (7.01, 3.39, 0.72, 0.02),
-    "8192 tokens, 128 experts, top-1": (4.96, 1.68, 0.13, 0.00),
-    "4096 tokens, 64 experts, top-2": (3.47, 0.65, 0.01, 0.00),
-    "4096 tokens, 64 experts, top-6": (1.94, 0.04, 0.00, 0.00),
-    "65536 tokens, 256 experts, top-8": (0.87, 0.00, 0.00, 0.00),
-}
-"""Percent dropped at capacity factors 1, 1.1, 1.25 and 1.5 with capacity rounded down."""
-
-FACTORS = (1.0, 1.1, 1.25, 1.5)
-
-
-def exact_drop(tokens: int, experts: int, top_k: int, limit: int) -> float:
-    above = np.arange(limit + 1, tokens + 1)
-    chance = stats.binom.pmf(above, tokens, top_k / experts)
-    return float(((above - limit) * chance).sum() / (tokens * top_k / experts))
-
-
-@pytest.mark.parametrize("group", GROUPS)
-def test_drops_of_balanced_routing_follow_the_binomial_law(group: str) -> None:
-    """Larger groups drop less, and only luck is left above a factor of 1.25.
-
-    The law's table rounds capacity down; we give an expert the slot that is needed in part, as Switch and GShard do.
-    Drawn counts agree to 3 % of the drop where it is large and to 0.02 % of the assignments everywhere.
-    """
-    tokens, experts, top_k = GROUPS[group]
-    mean = tokens * top_k / experts
-    table = [100 * exact_drop(tokens, experts, top_k, math.floor(factor * mean + 1e-9)) for factor in FACTORS]
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k"),
+    [(4096, 8, 2), (1024, 64, 1), (4096, 128, 1), (8192, 128, 1), (4096, 64, 2), (4096, 64, 6), (65536, 256, 8)],
+)
+def test_drops_of_balanced_routing_follow_the_binomial_law(tokens: int, experts: int, top_k: int) -> None:
+    """To 3 % of the drop where it is large and to 0.02 % of the assignments everywhere."""
     counts = by_count(np.full(experts, 1 / experts), tokens, top_k, 1500, np.random.default_rng(3))
 
-    assert table == pytest.approx(DROPS[group], abs=0.006)
-    for factor in FACTORS:
+    for factor in (1.0, 1.1, 1.25, 1.5):
         limit = capacities.slots(factor, tokens, top_k, experts)
-        expected = exact_drop(tokens, experts, top_k, limit)
+        expected = balanced_drop(tokens, experts, top_k, factor, slots=limit)
         assert dropped(counts, limit).mean() == pytest.approx(expected, rel=0.03, abs=2e-4)
 
 
-def test_one_value_to_six_digits() -> None:
-    """64 experts with 16 tokens each on average, factor 1.25: 2.2415 %."""
-    assert exact_drop(1024, 64, 1, 20) == pytest.approx(0.022415, abs=5e-7)
+# Counts in proportion
+
+
+def test_counts_in_proportion_to_shares() -> None:
+    """By largest remainder; an expert never has more than all tokens, and what it cannot take goes to the others."""
+    shares = np.array([[4.0, 2.0, 1.0, 1.0], [1.0, 1.0, 1.0, 0.0], [9.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]])
+
+    assert in_proportion(shares, 8, 2).tolist() == [[8, 4, 2, 2], [6, 5, 5, 0], [8, 3, 3, 2], [8, 3, 3, 2]]
+    assert in_proportion(np.ones((3, 3)), np.array([[0], [1], [2]]), 1).tolist() == [[0, 0, 0], [1, 0, 0], [1, 1, 0]]
+    assert in_proportion(np.ones((2, 4)), 5, 4).tolist() == [[5] * 4] * 2
 
 
 # Capacity
@@ -234,48 +206,6 @@ def test_what_capacity_does_to_two_groups_of_four_experts(
     assert outcome.processed.tolist() == processed
     assert outcome.computed.tolist() == computed
     assert outcome.dropped.sum(-1).tolist() == drops
-
-
-# Popularity
-
-
-def test_logits_give_the_coefficient_of_variation_of_a_lognormal() -> None:
-    """Weights softmax(sigma N): their spread over the mean is sqrt(exp(sigma^2) - 1)."""
-    load = LogitLoad(kind="logits", population=0.5)
-    weights = popularity(load, 40, 1, 256, np.random.default_rng(4))
-
-    assert weights.shape == (1, 40, 256)
-    assert weights.sum(-1) == pytest.approx(np.ones((1, 40)))
-    assert (weights.std(-1) / weights.mean(-1)).mean() == pytest.approx(math.sqrt(math.exp(0.25) - 1), rel=0.05)
-
-
-def test_a_domain_changes_from_microbatch_to_microbatch_and_a_population_does_not() -> None:
-    rng = np.random.default_rng(5)
-    fixed = popularity(LogitLoad(kind="logits", population=1.0), 2, 3, 16, rng)
-    moving = popularity(LogitLoad(kind="logits", domain=1.0), 2, 3, 16, rng)
-
-    assert (len(fixed), len(moving)) == (1, 3)
-    assert not np.allclose(moving[0], moving[1])
-
-
-def test_hot_experts_take_their_share_and_the_others_keep_their_proportions() -> None:
-    load = LogitLoad(kind="logits", hot_experts=HotExperts(count=2, load=4.0))
-    weights = np.sort(popularity(load, 1, 1, 16, np.random.default_rng(6))[0, 0])
-
-    assert weights == pytest.approx(np.array([0.5 / 14] * 14 + [0.25] * 2))
-
-
-def test_dirichlet_shares_have_the_variance_of_their_concentration() -> None:
-    weights = popularity(DirichletLoad(kind="dirichlet", concentration=5.0), 400, 1, 32, np.random.default_rng(7))
-    spread = weights.std(-1) / weights.mean(-1)
-
-    assert spread.mean() == pytest.approx(math.sqrt(31 / (32 * 5 + 1)), rel=0.03)
-
-
-@pytest.mark.parametrize("load", [LogitLoad(kind="logits", token=0.5), ReplayLoad(kind="replay", file="loads.npz")])
-def test_load_models_that_are_not_drawn_are_refused(load: Any) -> None:
-    with pytest.raises(NotSimulated, match=r"routing\.load"):
-        popularity(load, 1, 1, 8, np.random.default_rng(0))
 
 
 # A scenario's expert load
@@ -334,11 +264,56 @@ def test_dense_models_have_no_expert_load() -> None:
     assert expert_load(scenario, resolve(scenario)) is None
 
 
-def test_the_same_seed_gives_the_same_loads_and_another_seed_others() -> None:
-    first, again, other = load_of(small()), load_of(small()), load_of(small(**{"routing.seed": 1}))
+RICH: dict[str, Any] = {
+    "routing.load": {
+        "kind": "logits",
+        "population": 0.4,
+        "domain": 0.5,
+        "token": 0.6,
+        "context_correlation": 0.2,
+        "sticky": 0.1,
+        "drift": 0.01,
+        "growth": {"start": 0.1, "steps": 20},
+        "hot_experts": {"count": 1, "load": 3.0},
+    },
+    "routing.balance": [{"kind": "load_balance", "weight": 1e-5}, {"kind": "bias"}],
+    "routing.at_step": 40,
+    "routing.capacity_factor": 1.25,
+}
+"""A load with everything at once."""
 
-    assert first.assigned.tobytes() == again.assigned.tobytes()
+
+def everything(load: ExpertLoad) -> tuple[bytes, ...]:
+    picks = np.zeros(0) if load.picks is None else load.picks
+    parts = (load.assigned, load.processed, load.computed, load.by_rank, load.drop_profile, load.lost_fraction, picks)
+    return tuple(np.asarray(part).tobytes() for part in parts)
+
+
+@pytest.mark.parametrize("changes", [{}, RICH], ids=["simple", "everything"])
+def test_the_same_seed_gives_the_same_loads_and_another_seed_others(changes: dict[str, Any]) -> None:
+    first, again = load_of(small(**changes)), load_of(small(**changes))
+    other = load_of(small(**changes, **{"routing.seed": 1}))
+
+    assert everything(first) == everything(again)
     assert first.assigned.tobytes() != other.assigned.tobytes()
+
+
+@pytest.mark.parametrize("changes", [{}, RICH], ids=["simple", "everything"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"routing.capacity_factor": 1.0},
+        {"routing.capacity_factor": 2.0, "routing.pad_to_capacity": True},
+        {"routing.capacity_factor": 1.0, "routing.overflow": "reroute"},
+        {"routing.capacity_factor": 1.0, "routing.capacity_scope": "global"},
+        {"routing.capacity_factor": 1.0, "routing.drop_order": "score"},
+        {"routing.placement": {"kind": "balanced"}},
+        {"routing.placement": {"kind": "balanced", "redundant_experts": 4}},
+    ],
+    ids=lambda variant: " ".join(str(value) for value in variant.values()),
+)
+def test_capacity_and_placement_are_compared_on_the_same_draw(changes: dict[str, Any], variant: dict[str, Any]) -> None:
+    assert load_of(small(**{**changes, **variant})).assigned.tobytes() == load_of(small(**changes)).assigned.tobytes()
 
 
 def test_a_larger_capacity_never_drops_more_of_the_same_draw() -> None:
@@ -361,9 +336,9 @@ def test_capacity_per_rank_drops_more_than_per_group_and_that_more_than_globally
         ]
         drops[scope] = float(np.mean([load.dropped_fraction for load in draws]))
 
-    assert drops["rank"] == pytest.approx(exact_drop(512, 16, 2, 64), rel=0.05)
-    assert drops["group"] == pytest.approx(exact_drop(2048, 16, 2, 256), rel=0.08)
-    assert drops["global"] == pytest.approx(exact_drop(4096, 16, 2, 512), rel=0.12)
+    assert drops["rank"] == pytest.approx(balanced_drop(512, 16, 2, 1.0), rel=0.05)
+    assert drops["group"] == pytest.approx(balanced_drop(2048, 16, 2, 1.0), rel=0.08)
+    assert drops["global"] == pytest.approx(balanced_drop(4096, 16, 2, 1.0), rel=0.12)
 
 
 def test_the_presets_own_factor_and_group_size_can_be_asked_for() -> None:
@@ -412,61 +387,264 @@ def test_the_order_of_dropping_changes_nobodys_number() -> None:
     assert len({load.processed.tobytes() for load in loads}) == 1
 
 
-def test_remedies_on_top_of_a_stated_load_are_refused() -> None:
-    with pytest.raises(NotSimulated, match=r"routing\.balance"):
-        load_of(small(**{"routing.balance": [{"kind": "bias", "gamma": 0.001}]}))
+# Where drops fall
 
 
-# Traffic
+@pytest.mark.parametrize("changes", [{}, RICH, {"routing.exempt_sequence_fraction": 0.2}])
+@pytest.mark.parametrize("order", ["arrival", "score", "random"])
+def test_the_mean_of_the_profile_is_the_dropped_fraction(changes: dict[str, Any], order: str) -> None:
+    load = load_of(small(**{**changes, "routing.capacity_factor": 1.0, "routing.drop_order": order}))
+
+    assert load.dropped_fraction > 0.01
+    assert load.drop_profile.mean() == pytest.approx(load.dropped_fraction)
+
+
+def test_late_tokens_are_dropped_in_order_of_arrival_and_any_by_score() -> None:
+    """Nothing in the first decile, more from decile to decile, over a fifth of all in the last; by score it is flat."""
+    skewed_ = {"routing.load": {"kind": "logits", "population": 0.45}, "routing.capacity_factor": 1.25}
+    late, *flat = (
+        load_of(small(**skewed_, **{"routing.drop_order": order})).drop_profile
+        for order in ("arrival", "score", "random")
+    )
+
+    assert (len(late), late[0]) == (10, 0.0)
+    assert (np.diff(late) >= 0.0).all()
+    assert late[-1] / late.sum() > 0.2
+    assert all(np.ptp(profile) == 0.0 and profile[0] > 0.0 for profile in flat)
+
+
+def test_without_drops_the_profile_is_zero() -> None:
+    for changes in ({}, {"routing.capacity_factor": 8.0}, {"routing.capacity_factor": 0.5, "routing.overflow": "none"}):
+        load = load_of(small(**changes))
+        assert (load.drop_profile.tolist(), load.lost_fraction) == ([0.0] * 10, 0.0)
+
+
+# Tokens that lose all their experts
+
+
+@pytest.mark.parametrize("order", ["arrival", "score", "random"])
+def test_with_one_choice_a_dropped_assignment_is_a_lost_token(order: str) -> None:
+    """Within 15 %: lost tokens are counted on 2048 tokens of the first microbatch."""
+    one = {"model.moe.top_k": 1, "routing.capacity_factor": 1.0, "routing.drop_order": order}
+    load = load_of(small(**one))
+
+    assert load.dropped_fraction > 0.1
+    assert load.lost_fraction == pytest.approx(load.dropped_fraction, rel=0.15)
+
+
+def test_tokens_that_arrive_late_lose_both_experts() -> None:
+    """Against a queue of 2048 tokens, one after the other: about 11 % lose both at a factor of 0.7; 9 % at random."""
+    experts, tokens, limit = 16, 2048, capacities.slots(0.7, 2048, 2, 16)
+    picks = np.argsort(np.random.default_rng(1).random((tokens, experts)), axis=-1)[:, :2]
+    room, lost = np.full(experts, limit), 0
+    for token in picks:
+        found = [expert for expert in token if room[expert] > 0]
+        room[found] -= 1
+        lost += not found
+    even = {"routing.load": {"kind": "balanced"}, "routing.capacity_factor": 0.7}
+    arrival, random = (load_of(small(**even, **{"routing.drop_order": order})) for order in ("arrival", "random"))
+
+    assert arrival.lost_fraction == pytest.approx(lost / tokens, rel=0.1)
+    assert random.lost_fraction == pytest.approx(0.3**2, rel=0.1)
+    assert arrival.dropped_fraction == random.dropped_fraction
+    assert load_of(small(**even, **{"routing.overflow": "reroute"})).lost_fraction == 0.0
+
+
+# Placement
+
+
+def test_placing_by_load_evens_ranks_out() -> None:
+    """Experts of very different popularity on 4 ranks: packed by expected load, and with copies of the busiest."""
+    skewed_ = {"routing.load": {"kind": "logits", "population": 0.8}}
+    by_number, packed, copied = (
+        load_of(small(**skewed_, **{"routing.placement": placement}))
+        for placement in ({}, {"kind": "balanced"}, {"kind": "balanced", "redundant_experts": 4})
+    )
+
+    assert by_number.rank_max_over_mean > 1.1
+    assert packed.rank_max_over_mean < 1.0 + 0.5 * (by_number.rank_max_over_mean - 1.0)
+    assert copied.rank_max_over_mean < 1.0 + 0.5 * (by_number.rank_max_over_mean - 1.0)
+    assert (packed.by_rank.shape, copied.by_rank.shape) == ((4, 4, 4, 4), (4, 4, 4, 5))
+    for load in (by_number, packed, copied):
+        assert (load.by_rank.sum((-1, -2)) == load.computed.sum(-1)).all()
+        assert 1.0 <= load.rank_max_over_mean <= load.max_over_mean
+
+
+def test_documents_cannot_be_placed_for() -> None:
+    """Where every microbatch has preferences of its own, the expected load is even and packing gains nothing."""
+    moody = {"routing.load": {"kind": "logits", "domain": 1.0, "documents": 1}}
+    by_number, packed = (
+        load_of(small(**moody, **{"routing.placement": {"kind": kind}})) for kind in ("contiguous", "balanced")
+    )
+
+    assert packed.rank_max_over_mean == pytest.approx(by_number.rank_max_over_mean, rel=0.1)
+    assert packed.rank_max_over_mean > 1.2
 
 
 @pytest.mark.parametrize(
-    ("experts", "groups", "top_k", "expected"),
+    ("changes", "expected"),
     [
-        (256, 8, 8, 5.2947),
-        (256, 64, 8, 7.6758),
-        (160, 8, 6, 4.4586),
-        (128, 16, 8, 6.5965),
-        (256, 32, 8, 7.2668),
-        (64, 8, 6, 4.5355),
-        (8, 1, 2, 1.0),
-        (8, 8, 2, 2.0),
-        (8, 2, 8, 2.0),
+        (
+            {"routing.placement": {"redundant_experts": 4}},
+            "routing.placement.redundant_experts: copies of experts need placement kind balanced",
+        ),
+        (
+            {"routing.placement": {"kind": "balanced", "redundant_experts": 5}},
+            "routing.placement.redundant_experts: 16 experts and 5 copies make 21 slots, which do not divide over 4 "
+            "expert ranks; nearest: 8",
+        ),
+        (
+            {"routing.placement": {"kind": "balanced", "redundant_experts": 64}},
+            "routing.placement.redundant_experts: 20 slots per rank for 16 experts: a rank would hold an expert twice",
+        ),
+        (
+            {"routing.balance": [{"kind": "z"}, {"kind": "bias", "weight": 0.1}]},
+            "routing.balance.1.weight: the bias has no weight; its step is gamma",
+        ),
+        (
+            {"routing.balance": [{"kind": "device", "gamma": 0.1}]},
+            "routing.balance.0.gamma: a loss has no step; device has a weight",
+        ),
     ],
 )
-def test_distinct_groups_that_a_token_reaches(experts: int, groups: int, top_k: int, expected: float) -> None:
-    """D (1 - C(E - E/D, k) / C(E, k)) under uniform top-k without replacement."""
-    exact = groups * (1.0 - math.comb(experts - experts // groups, top_k) / math.comb(experts, top_k))
+def test_what_contradicts_itself_is_refused(changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        load_of(small(**changes))
 
-    assert distinct_groups(experts, groups, top_k) == pytest.approx(exact, rel=1e-9)
-    assert exact == pytest.approx(expected, abs=6e-5)
+    assert str(caught.value).endswith(expected)
 
 
-def test_the_node_limit_of_deepseek_v3_saves_a_quarter_of_the_network() -> None:
-    """At most 4 of 8 nodes, by the sum of their two best scores (arXiv 2412.19437, section 2.1.2)."""
-    moe = load_model("deepseek-v3").moe
+# Every load and every remedy
+
+LOADS_OF_A_SCENARIO: dict[str, dict[str, Any]] = {
+    "balanced": {"kind": "balanced"},
+    "popular": {"kind": "logits", "population": 0.8},
+    "collapsed": {"kind": "logits", "population": 6.0},
+    "everything": RICH["routing.load"],
+    "dirichlet": {"kind": "dirichlet", "concentration": 0.05},
+    "replay": {"kind": "replay", "file": "loads.npz"},
+}
+REMEDIES = ["importance", "load", "load_balance", "z", "device", "communication", "sequence", "bias"]
+
+
+@pytest.mark.parametrize("remedy", [*REMEDIES, None])
+@pytest.mark.parametrize("load", LOADS_OF_A_SCENARIO)
+def test_every_load_goes_with_every_remedy(load: str, remedy: str | None, tmp_path: Any) -> None:
+    """All tokens keep their two experts, no expert has more than all tokens, and what is lost is at most a drop."""
+    stated = dict(LOADS_OF_A_SCENARIO[load])
+    if "file" in stated:
+        stated["file"] = str(tmp_path / stated["file"])
+        np.savez(stated["file"], np.random.default_rng(0).integers(10, 30, (3, 4, 16)))
+    balance = [] if remedy is None else [{"kind": remedy}]
+    found = load_of(small(**{"routing.load": stated, "routing.balance": balance, "routing.capacity_factor": 1.1}))
+
+    assert (found.assigned.sum(-1) == 2 * 2048).all()
+    assert (found.assigned >= found.processed).all()
+    assert 0 <= found.assigned.min() <= found.assigned.max() <= 2048
+    assert found.max_over_mean <= 16 / 2
+    assert 0.0 <= found.lost_fraction <= found.dropped_fraction + 0.02
+    assert found.drop_profile.mean() == pytest.approx(found.dropped_fraction)
+    if remedy in ("importance", "load", "load_balance", "sequence") and load in ("popular", "collapsed", "dirichlet"):
+        assert found.max_over_mean < load_of(small(**{"routing.load": stated})).max_over_mean
+
+
+def test_a_remedy_is_looked_at_on_its_way() -> None:
+    """The bias after 0, 60 and 2000 steps, and settled: the busiest expert comes down to where it stays."""
+    popular = {"routing.load": {"kind": "logits", "population": 0.8}, "routing.balance": [{"kind": "bias"}]}
+    busiest = [load_of(small(**popular, **{"routing.at_step": step})).max_over_mean for step in (0, 60, 2000, None)]
+
+    assert busiest[0] > busiest[1] > busiest[2]
+    assert busiest[0] == pytest.approx(load_of(small(**{**popular, "routing.balance": []})).max_over_mean, rel=0.06)
+    assert busiest[3] == pytest.approx(busiest[2], rel=0.02)
+
+
+def test_the_states_of_training_are_told_without_drawing_counts() -> None:
+    scenario = small(**RICH)
+    states = list(over_steps(scenario, resolve(scenario), [0, 50, None]))
+
+    assert [treated.step for treated, _ in states] == [0, 50, None]
+    assert all(plain.logits.shape == treated.tendencies.logits.shape == (4, 16) for treated, plain in states)
+    for refused in (
+        small(**{"routing.load": {"kind": "replay", "file": "loads.npz"}}),
+        load_scenario({**SMALL, "model": "mistral-7b", "parallelism": {}, "routing": {}}),
+    ):
+        with pytest.raises(NotSimulated) as caught:
+            list(over_steps(refused, resolve(refused), [0]))
+        assert "routing.load" in str(caught.value)
+
+
+def test_documents_of_a_microbatch() -> None:
+    """4 ranks of one sequence each are 4 documents, unless the load says how many."""
+    assert documents(small()) == 4.0
+    assert documents(small(**{"training.micro_batch_sequences": 2})) == 8.0
+    assert documents(small(**{"routing.load": {"kind": "logits", "domain": 1.0, "documents": 3}})) == 3.0
+
+
+def test_experts_that_choose_their_tokens_take_the_same_number_each() -> None:
+    choosing = {"model.moe.router.kind": "expert_choice"}
+    load = load_of(small(**choosing))
+
+    assert (load.assigned == 2048 * 2 // 16).all()
+    assert (load.picks, load.max_over_mean) == (None, 1.0)
+    with pytest.raises(NotSimulated) as caught:
+        load_of(small(**choosing, **{"routing.capacity_factor": 1.0}))
+    assert "use capacity_factor: null" in str(caught.value)
+
+
+# Too large to draw in full
+
+
+def test_further_microbatches_repeat_the_drawn_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loads, "MAX_COUNTS", 2 * 4 * 16)
+    load = load_of(small())
+
+    assert load.assigned.shape == (2, 4, 16)
+    assert (load.assigned.sum(-1) == 2048 * 2).all()
+
+
+def test_many_capacity_groups_are_told_from_some_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 groups of 32 tokens: drawn 8 of them, the drop agrees with all within 15 %, and no token is lost."""
+    grouped = {"routing.capacity_factor": 1.0, "routing.capacity_group_tokens": 32}
+    full = load_of(small(**grouped))
+    monkeypatch.setattr(loads, "MAX_COUNTS", 8 * 4 * 16)
+    some = load_of(small(**grouped))
+
+    assert some.assigned.shape == (1, 4, 16)
+    assert (some.assigned.sum(-1) == 2048 * 2).all()
+    assert (some.computed == some.processed).all()
+    assert some.dropped_fraction == pytest.approx(full.dropped_fraction, rel=0.15)
+    assert some.drop_profile.mean() == pytest.approx(some.dropped_fraction, rel=0.05)
+
+
+# What travels
+
+
+def test_where_all_experts_are_alike_copies_follow_the_formula() -> None:
+    scenario = small(**{"routing.load": {"kind": "balanced"}})
+    load, moe = load_of(scenario), scenario.model.moe
     assert moe is not None
 
-    assert copies(moe, 8) == pytest.approx(3.953, abs=0.03)
-    assert copies(moe, 64) == pytest.approx(7.490, abs=0.03)
-    assert dict(copies_by_tier(moe, (8, 8))) == {0: copies(moe, 64) * 7 / 8, 1: copies(moe, 8) * 7 / 8}
-    assert distinct_groups(256, 8, 8) / copies(moe, 8) == pytest.approx(1.34, abs=0.02)
+    assert load.picks is None
+    assert load.copies_by_tier(moe, (4, 1)) == copies_by_tier(moe, (4, 1))
 
 
-def test_a_limit_of_all_groups_is_no_limit() -> None:
-    assert limited_groups(64, 8, 8, "max", 8, 6, tokens=20_000) == pytest.approx(distinct_groups(64, 8, 6), abs=0.03)
-    assert limited_groups(64, 8, 1, "max", 8, 6) == 1.0
-
-
-def test_padded_slots_travel_one_by_one() -> None:
-    """Two experts on 8 ranks are two copies, 7 of 8 for another rank; on two nodes merging saves what shares a node."""
-    moe = load_model("mixtral-8x22b").moe
+def test_hot_experts_on_one_rank_are_reached_with_fewer_copies() -> None:
+    """Two experts of the same rank in most tokens need one copy for both; placing by load parts them."""
+    moe = small().model.moe
     assert moe is not None
+    by_number, packed = (
+        load_of(
+            small(
+                **{
+                    "routing.load": {"kind": "logits", "population": 2.0},
+                    "routing.placement": {"kind": kind},
+                }
+            )
+        )
+        for kind in ("contiguous", "balanced")
+    )
+    assert packed.picks is not None
+    copies_ = [dict(load.copies_by_tier(moe, (4, 1)))[0] for load in (by_number, packed)]
 
-    found = {ways: dict(copies_by_tier(moe, ways)) for ways in ((1, 1), (8, 1), (4, 2))}
-    expected = {0: 2 * 3 / 4, 1: distinct_groups(8, 2, 2) / 2}
-
-    assert found[1, 1] == {}
-    assert found[8, 1] == pytest.approx({0: 2 * 7 / 8})
-    assert found[4, 2] == pytest.approx(expected)
-    assert dict(copies_by_tier(moe, (4, 2), merged=False)) == {0: 2 * 3 / 4, 1: 2 / 2}
+    assert packed.picks.shape == (4 * 2048, 2)
+    assert copies_[0] < copies_[1]

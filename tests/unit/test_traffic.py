@@ -12,6 +12,7 @@ import pytest
 from simulator.routing.placement import balanced, contiguous
 from simulator.routing.traffic import (
     copies,
+    copies_by_tier,
     distinct,
     distinct_groups,
     limited_groups,
@@ -63,6 +64,42 @@ def test_the_group_limit_of_deepseek_v3(parts: int, expected: float) -> None:
     """The best 4 of 8 nodes by their two best experts (arXiv 2412.19437, section 2.1.2)."""
     assert sampled_distinct(EVEN, parts, 8, 40_000, generator(), **V3) == pytest.approx(expected, abs=0.01)
     assert limited_groups(256, 8, 4, "top2_sum", parts, 8) == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("experts", "groups", "top_k", "expected"),
+    [
+        (256, 8, 8, 5.2947),
+        (256, 64, 8, 7.6758),
+        (160, 8, 6, 4.4586),
+        (128, 16, 8, 6.5965),
+        (256, 32, 8, 7.2668),
+        (64, 8, 6, 4.5355),
+        (8, 1, 2, 1.0),
+        (8, 8, 2, 2.0),
+        (8, 2, 8, 2.0),
+    ],
+)
+def test_distinct_groups_that_a_token_reaches(experts: int, groups: int, top_k: int, expected: float) -> None:
+    """D (1 - C(E - E/D, k) / C(E, k)) under uniform top-k without replacement."""
+    exact = groups * (1.0 - math.comb(experts - experts // groups, top_k) / math.comb(experts, top_k))
+
+    assert distinct_groups(experts, groups, top_k) == pytest.approx(exact, rel=1e-9)
+    assert exact == pytest.approx(expected, abs=6e-5)
+
+
+def test_the_node_limit_of_deepseek_v3_saves_a_quarter_of_the_network() -> None:
+    """At most 4 of 8 nodes, by the sum of their two best scores (arXiv 2412.19437, section 2.1.2)."""
+    moe = load_model("deepseek-v3").moe
+    assert moe is not None
+
+    assert dict(copies_by_tier(moe, (8, 8))) == {0: copies(moe, 64) * 7 / 8, 1: copies(moe, 8) * 7 / 8}
+    assert distinct_groups(256, 8, 8) / copies(moe, 8) == pytest.approx(1.34, abs=0.02)
+
+
+def test_a_limit_of_all_groups_is_no_limit() -> None:
+    assert limited_groups(64, 8, 8, "max", 8, 6, tokens=20_000) == pytest.approx(distinct_groups(64, 8, 6), abs=0.03)
+    assert limited_groups(64, 8, 1, "max", 8, 6) == 1.0
 
 
 def test_no_token_leaves_its_groups() -> None:
@@ -188,3 +225,17 @@ def test_bytes_that_a_rank_of_deepseek_v3_sends_over_the_network() -> None:
     assert 4096 * remote * payload_bytes(7168, "fp8") == pytest.approx(104.9e6, rel=2e-3)
     assert 4096 * remote * payload_bytes(7168, "bf16") == pytest.approx(203.4e6, rel=2e-3)
     assert math.isclose(distinct_groups(256, 8, 8) * 7 / 8, 4.63, abs_tol=0.005)
+
+
+def test_padded_slots_travel_one_by_one() -> None:
+    """Two experts on 8 ranks are two copies, 7 of 8 for another rank; on two nodes merging saves what shares a node."""
+    moe = load_model("mixtral-8x22b").moe
+    assert moe is not None
+
+    found = {ways: dict(copies_by_tier(moe, ways)) for ways in ((1, 1), (8, 1), (4, 2))}
+    expected = {0: 2 * 3 / 4, 1: distinct_groups(8, 2, 2) / 2}
+
+    assert found[1, 1] == {}
+    assert found[8, 1] == pytest.approx({0: 2 * 7 / 8})
+    assert found[4, 2] == pytest.approx(expected)
+    assert dict(copies_by_tier(moe, (4, 2), merged=False)) == {0: 2 * 3 / 4, 1: 2 / 2}
