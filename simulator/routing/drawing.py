@@ -7,7 +7,7 @@ the same draw of the load.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from simulator.routing.overflow import Limited, Sampler, capacity_groups, limite
 from simulator.routing.remedies import Batch, Treated, trajectory
 from simulator.routing.replay import recorded
 from simulator.routing.sizes import documents, group_tokens
-from simulator.routing.tendencies import Tendencies, draw_tendencies, logits_of
+from simulator.routing.tendencies import Tendencies, chances_of, draw_tendencies, logits_of
 from simulator.spec.routing import LogitLoad, ReplayLoad
 from simulator.spec.scenario import Scenario
 
@@ -134,19 +134,36 @@ def _draw(
         mtp = scenario.model.mtp_depth if stack == "decoder" else 0
         chances = recorded(routing.load, layers, moe.experts, moe.top_k, mtp=mtp)
         treated = Treated(None, Tendencies(logits_of(chances[0], moe.top_k), moe.top_k), None)
-        chances = chances[np.arange(distinct) % len(chances)]
+        chances = chances[np.arange(distinct) % len(chances), :, None]
         sampled = routing.load.sampled
     else:
         plain = draw_tendencies(routing.load, layers, moe.experts, moe.top_k, of_tendencies)
         treated = next(_trajectory(scenario, layout, stack, plain, [routing.at_step], of_remedies))
-        chances = treated.chances(distinct, documents(scenario, stack), of_tendencies)
-        chances = np.broadcast_to(chances, (distinct, layers, moe.experts))
+        chances = _by_documents(scenario, layout, stack, treated, distinct, of_tendencies)
         sampled = True
     if moe.router.kind == "expert_choice":
-        chances, sampled = np.full((distinct, layers, moe.experts), moe.top_k / moe.experts), False
+        chances, sampled = np.full((distinct, layers, 1, moe.experts), moe.top_k / moe.experts), False
     sampler = Sampler(moe, sampled, blocks.dispersion(treated.tendencies, of_remedies), rng)
     replayed = not sampled or isinstance(routing.load, ReplayLoad)
     return _Part(treated, limited(scenario, layout, stack, chances, sampler), replayed)
+
+
+def _by_documents(
+    scenario: Scenario, layout: Layout, stack: str, treated: Treated, distinct: int, rng: np.random.Generator
+) -> FloatArray:
+    """Chances [microbatches, layers, parts, experts] of the parts of an expert group that share their documents.
+
+    Capacity groups inside the expert group hold different documents, so that each has its own preferences. Where
+    nothing tells them apart there is one part.
+    """
+    plain, inside = treated.tendencies, documents(scenario, stack)
+    groups, _ = capacity_groups(scenario, layout, stack)
+    layers, experts = plain.logits.shape
+    parts = min(groups, round(inside), max(1, loads.MAX_COUNTS // (distinct * layers * experts))) if plain.domain else 1
+    found = treated.chances(distinct * parts, max(1.0, inside / parts), rng)
+    if len(found) == 1:
+        return np.broadcast_to(found[:, :, None], (distinct, layers, 1, experts))
+    return np.moveaxis(found.reshape(distinct, parts, layers, experts), 1, 2)
 
 
 # --- all stacks together ----------------------------------------------------------------------------------------------
@@ -189,12 +206,10 @@ def _tokens(
     found, lost, first_layer = [], [], 0
     for part, stream in zip(parts, streams, strict=True):
         layers = part.counts.assigned.shape[1]
+        plain = _unbiased(part.treated)
         for layer in np.unique(np.linspace(0, layers - 1, BLOCK_LAYERS).round().astype(int)):
-            bias = None if part.treated.bias is None else part.treated.bias[layer]
-            block = blocks.block(
-                part.treated.tendencies, layer, BLOCK_TOKENS, stream, document_tokens=BLOCK_TOKENS // 16
-            )
-            picks = block.picks(moe.router, moe.top_k, bias)
+            block = blocks.block(plain, layer, BLOCK_TOKENS, stream, document_tokens=BLOCK_TOKENS // 16)
+            picks = block.picks(moe.router, moe.top_k)
             lost.append(_lost(picks, part.counts.assigned[0, layer], part.counts.outcome.dropped[0, layer], scenario))
             slot = np.empty(moe.experts, dtype=np.int64)
             order = placement.expert_of_slot[first_layer + layer]
@@ -203,6 +218,15 @@ def _tokens(
         first_layer += layers
     even = all(part.treated.tendencies.even for part in parts)
     return (None if even else np.concatenate(found)), float(np.mean(lost)) if routing.overflow == "drop" else 0.0
+
+
+def _unbiased(treated: Treated) -> Tendencies:
+    """Tendencies that lead without a bias to the loads that the biased ones lead to."""
+    plain, bias = treated.tendencies, treated.bias
+    if bias is None:
+        return plain
+    logits = logits_of(chances_of(plain.logits, plain.top_k, bias), plain.top_k)
+    return replace(plain, logits=logits - logits.mean(-1, keepdims=True))
 
 
 def _lost(picks: IntArray, assigned: IntArray, dropped: IntArray, scenario: Scenario) -> float:

@@ -54,14 +54,18 @@ class Sampler:
 
 
 def limited(scenario: Scenario, layout: Layout, stack: str, chances: FloatArray, sampler: Sampler) -> Limited:
-    """Draw counts from chances [microbatches, layers, experts] and apply the scenario's capacity."""
+    """Draw counts from chances [microbatches, layers, parts, experts] and apply the scenario's capacity.
+
+    The capacity groups are divided over the parts, which hold different documents.
+    """
     routing, moe = scenario.routing, sampler.moe
     tokens = group_tokens(scenario, stack)
     groups, shared = capacity_groups(scenario, layout, stack)
-    drawn = max(1, min(groups, loads.MAX_COUNTS // max(1, chances.size)))
+    parts, whole = chances.shape[2], chances.mean(2)
+    drawn = max(1, min(groups, loads.MAX_COUNTS // max(1, whole.size)))
     sizes = np.full(drawn, tokens // groups)
     sizes[: tokens % groups if drawn == groups else 0] += 1  # groups as equal as they can be; no token is lost
-    assigned = sampler.counts(np.repeat(chances[:, :, None], drawn, axis=2), sizes[:, None])
+    assigned = sampler.counts(chances[:, :, np.arange(drawn) * parts // drawn], sizes[:, None])
     size = round(tokens / groups) if shared <= tokens else shared
     limit, limit_evaluation = (
         None
@@ -70,7 +74,7 @@ def limited(scenario: Scenario, layout: Layout, stack: str, chances: FloatArray,
         for factor in (_capacity_factor(scenario), _evaluation_factor(scenario))
     )
     if limit is not None and shared > tokens:
-        outcome = _shared_wider(assigned, chances, limit, shared, tokens, scenario, sampler)
+        outcome = _shared_wider(assigned, whole, limit, shared, tokens, scenario, sampler)
     else:
         outcome = capacities.apply(
             assigned,
@@ -85,9 +89,9 @@ def limited(scenario: Scenario, layout: Layout, stack: str, chances: FloatArray,
     ).dropped
     evaluation = np.array([lost.sum(), assigned.sum()], dtype=np.float64)
     if drawn < groups:
-        return Limited(*_extrapolated(outcome, sampler.counts(chances, tokens)), profile, evaluation)
-    whole = capacities.Outcome(outcome.processed.sum(2), outcome.computed.sum(2), outcome.dropped.sum(2))
-    return Limited(assigned.sum(2), whole, profile, evaluation)
+        return Limited(*_extrapolated(outcome, sampler.counts(whole, tokens)), profile, evaluation)
+    total = capacities.Outcome(outcome.processed.sum(2), outcome.computed.sum(2), outcome.dropped.sum(2))
+    return Limited(assigned.sum(2), total, profile, evaluation)
 
 
 def _profile(assigned: IntArray, dropped: IntArray, scenario: Scenario) -> FloatArray:

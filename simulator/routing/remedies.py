@@ -3,12 +3,13 @@
 A balancing loss shrinks popularity: sigma -> sigma / (1 + sum_i A_i weight_i^p) over the losses in force. p and the
 strengths A are read off published loads (validation/routing.py fits them again):
 
-* importance and load loss: p = 0.385, A = 30 and 125, from the five rows of 1701.06538, Table 6 (untreated sigma 3);
-* load-balance loss: A = 171, from MaxVio 0.72 and 0.52 at weight 1e-3 (2408.15664, Table 2); it then gives CV 0.10 at
+* importance and load loss: p = 0.388, A = 18.8 and 80.3, from 1701.06538, Table 6 (untreated: the sigma with its CV
+  of 3.01, 1.93 in logit units);
+* load-balance loss: A = 109, from MaxVio 0.72 and 0.52 at weight 1e-3 (2408.15664, Table 2); it then gives CV 0.10 at
   Switch's weight of 1e-2, which drops less than 1 % at capacity factor 1.25 as published;
-* sequence-wise loss: the same on popularity, and A = 33 on the preferences of documents, from the loads by domain of
+* sequence-wise loss: the same on popularity, and A = 35 on the preferences of documents, from the loads by domain of
   DeepSeek-V3's Appendix C, if their loss had weight 1e-3 (not published);
-* device and communication losses (2405.04434) act on the mean popularity of a device's experts, with A = 171: at even
+* device and communication losses (2405.04434) act on the mean popularity of a device's experts, with A = 109: at even
   loads they have the same size as the load-balance loss;
 * the router z-loss limits the size of logits and leaves the load as it is.
 
@@ -30,10 +31,10 @@ from simulator.routing.tendencies import Tendencies, chances_of, mixed_domain, s
 from simulator.spec.model import MixtureOfExperts
 from simulator.spec.routing import Growth, Remedy
 
-EXPONENT = 0.385
-STRENGTH = {"importance": 30.0, "load": 125.0, "load_balance": 171.0, "sequence": 171.0}
-SEQUENCE_STRENGTH_ON_DOCUMENTS = 33.0
-DEVICE_STRENGTH = 171.0
+EXPONENT = 0.388
+STRENGTH = {"importance": 18.8, "load": 80.3, "load_balance": 109.0, "sequence": 109.0}
+SEQUENCE_STRENGTH_ON_DOCUMENTS = 35.0
+DEVICE_STRENGTH = 109.0
 DEFAULT_WEIGHT = {
     "importance": 0.1,
     "load": 0.1,

@@ -19,10 +19,14 @@ from simulator.layout import resolve
 from simulator.routing import ExpertLoad, documents, expert_load, group_tokens, over_steps, tokens_per_rank
 from simulator.routing import capacity as capacities
 from simulator.routing import load as loads
+from simulator.routing.admission import admit
 from simulator.routing.closed_forms import balanced_drop
 from simulator.routing.load import draw, in_proportion, inclusion
+from simulator.routing.tendencies import Tendencies
+from simulator.routing.tokens import block
 from simulator.routing.traffic import copies_by_tier
 from simulator.spec import Scenario, load_scenario
+from simulator.spec.model import Router
 
 Counts = npt.NDArray[np.int64]
 Weights = npt.NDArray[np.float64]
@@ -648,3 +652,39 @@ def test_hot_experts_on_one_rank_are_reached_with_fewer_copies() -> None:
 
     assert packed.picks.shape == (4 * 2048, 2)
     assert copies_[0] < copies_[1]
+
+
+def test_a_capacity_of_one_rank_meets_the_documents_of_that_rank_alone() -> None:
+    """One sequence per rank: what a rank drops is what one document drops, token by token, not the group's mixture."""
+    domain, drops = 0.8, []
+    for seed in range(6):
+        changes = {
+            "routing.load": {"kind": "logits", "domain": domain},
+            "routing.capacity_factor": 1.25,
+            "routing.capacity_scope": "rank",
+            "routing.seed": seed,
+        }
+        drops.append(load_of(small(**changes)).dropped_fraction)
+    rng = np.random.default_rng(0)
+    alone = Tendencies(np.zeros((1, 16)), 2, domain=domain)
+    limit = capacities.slots(1.25, 512, 2, 16)
+    blocks = [block(alone, 0, 512, rng).picks(Router(), 2) for _ in range(200)]
+    by_token = np.mean([admit(picks, limit, total=16).dropped_fraction for picks in blocks])
+
+    assert np.mean(drops) == pytest.approx(by_token, rel=0.1)
+
+
+def test_tokens_of_a_biased_router_choose_as_evenly_as_its_counts_say() -> None:
+    load = load_of(
+        small(
+            **{
+                "routing.load": {"kind": "logits", "population": 1.0},
+                "routing.balance": [{"kind": "bias", "gamma": 0.0005}],
+            }
+        )
+    )
+    assert load.picks is not None
+    shares = np.bincount(load.picks.ravel(), minlength=16) / load.picks.size * 16
+
+    assert load.max_over_mean < 1.25
+    assert shares.max() < 1.1

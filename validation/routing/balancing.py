@@ -16,8 +16,8 @@ from simulator.spec.model import MixtureOfExperts, Router
 from simulator.spec.routing import Remedy
 from validation.checks import Check, at_least, at_most, covers, inside, near, within
 
-UNTREATED = 3.0
-"""Popularity of a router without balancing, in logit units: CV 3 and collapse (1701.06538, table 6)."""
+UNTREATED = 1.93
+"""Popularity of a router without balancing, in logit units: CV 3.01 of 256 experts (1701.06538, table 6)."""
 TABLE_6: dict[tuple[float, float], tuple[float, float]] = {
     (0.0, 0.0): (3.01, 17.80),
     (0.2, 0.0): (0.17, 1.47),
