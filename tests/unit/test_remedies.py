@@ -88,7 +88,7 @@ def violations(treated: Treated) -> FloatArray:
 def test_importance_and_load_losses_leave_the_published_loads(
     importance: float, load: float, cv: float, largest: float
 ) -> None:
-    """1701.06538, Table 6, from the sigma whose CV is 3.01: CV within 10 % (printed to two digits), largest over mean within 12 %."""
+    """1701.06538, Table 6, from the sigma whose CV is 3.01: CV within 10 %, largest over mean within 12 %."""
     treated = shrunk(popular(1.93, 40, 256, 4), [loss("importance", importance), loss("load", load)], 1)
 
     assert spread(treated) == pytest.approx(cv, rel=0.1)
