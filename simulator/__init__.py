@@ -7,7 +7,7 @@ The public API::
     result = estimate(load_scenario("deepseek-v3", overrides={"routing.capacity_factor": 1.25}))
     result.gpu_hours, result.as_dict()
 
-Rooms, in the order in which data flows: spec, workload, layout, routing, schedules, memory, timing, program, events,
+Rooms, in the order in which data flows: spec, workload, schedules, layout, routing, memory, timing, program, events,
 campaign, study, report, cli. Each imports only those before it. Names are loaded on first use, so that the command
 line answers at once.
 """

@@ -96,7 +96,10 @@ def step(
     json_: JsonOption = False,
     engine: EngineOption = Engine.events,
     trace: Annotated[
-        Path | None, typer.Option(help="Write the timeline as Chrome JSON (opens in Perfetto); .gz compresses.")
+        Path | None,
+        typer.Option(
+            help="Write the timeline for Perfetto: as Chrome JSON, .json.gz compressed, or .pftrace (extra `trace`)."
+        ),
     ] = None,
     over_steps: Annotated[
         int | None,
@@ -119,6 +122,10 @@ def step(
         return
     if figure is not None:
         raise errors.invalid("draws the expert load over training steps; add --over-steps N", path="--figure")
+    if trace is not None and trace.suffix == ".pftrace":
+        from simulator.report.protobuf import require
+
+        require()
     with working(f"simulating one step of {scenario}"):
         from simulator.campaign import simulate_step
 
@@ -126,33 +133,16 @@ def step(
         if trace is not None:
             from simulator.report.trace import write_trace
 
-            writing(trace, lambda: write_trace(result.timeline, trace))
-    breakdown = result.timeline.breakdown
-    if json_:
-        print_json(
-            {
-                "name": result.scenario.name,
-                "engine": result.engine,
-                "step_time_s": result.seconds,
-                "step_breakdown_s": dict(breakdown),
-                "ops": len(result.program),
-                "classes": len(result.program.classes),
-                "lanes": result.prices.lanes,
-                "schedule": result.schedule.name,
-                "microbatches": result.layout.microbatches,
-                "trace": str(trace) if trace else None,
-            }
-        )
-        return
-    from simulator.report import tables
+            writing(
+                trace,
+                lambda: write_trace(result.timeline, trace, schedule=result.schedule, memory=result.memory_curves),
+            )
+    from simulator.report import step_view
 
-    rows = [
-        (name, tables.number(value, "s"), f"{value / result.seconds:.1%}")
-        for name, value in sorted(breakdown.items(), key=lambda i: -i[1])
-    ]
-    length = tables.number(result.seconds, "s")
-    title = f"{result.scenario.name}: one step of {length}, {len(result.program):,} ops, {result.engine} engine"
-    show(tables.pairs_table(title, rows, "term", "time", "share"))
+    if json_:
+        print_json({**step_view.step_values(result), "trace": str(trace) if trace else None})
+        return
+    show(step_view.step_view(result))
     if trace is not None:
         note(f"wrote {trace}")
 
@@ -427,13 +417,17 @@ def validate(
     routing: Annotated[
         bool, typer.Option("--routing", help="Routers, loads, drops, balancing, placement and traffic.")
     ] = False,
+    events: Annotated[
+        bool,
+        typer.Option("--events", help="Schedules, overlap, DeepSeek-V3's step by part, and what must be faster."),
+    ] = False,
     runs: Annotated[bool, typer.Option("--runs", help="Published training runs.")] = False,
     only: Annotated[list[str] | None, typer.Option(help="Only these published runs.")] = None,
     json_: JsonOption = False,
     engine: EngineOption = Engine.events,
 ) -> None:
     """Hold the simulator against what is known: papers, exact oracles, published runs; all when none is named."""
-    everything = not (routing or runs or only)
+    everything = not (routing or events or runs or only)
     checks: list[dict[str, Any]] = []
     summaries: dict[str, Any] = {}
     if routing or everything:
@@ -444,6 +438,14 @@ def validate(
             found = judge_routing()
             checks += found
             summaries["routing"] = counted(found)
+    if events or everything:
+        with working("checking the events"):
+            from validation.checks import summary as counted_events
+            from validation.events import judge as judge_events
+
+            found = judge_events()
+            checks += found
+            summaries["events"] = counted_events(found)
     if runs or only or everything:
         with working("judging published runs"):
             from validation.accuracy import judge, summary

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from simulator.layout import Layout
 from simulator.routing import ExpertLoad, tokens_per_rank
@@ -28,7 +29,7 @@ from simulator.workload.recompute import fully_repeated, kept
 _STATES = {"adamw": 2.0, "muon": 1.0, "sgd": 1.0, "adafactor": 0.0}
 """Full-size moments of each optimizer; Adafactor's row and column sums are small enough to leave out."""
 
-_MASK_BYTES, _STATISTICS_BYTES = 1.0, 4.0
+_SIZES = {"mask": 1.0, "statistics": 4.0, "bytes": 1.0}
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,30 @@ class MemoryUse:
     def peak_bytes(self) -> float:
         """Allocated bytes at the worst moment."""
         return self.terms.total
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What one rank holds: ``static`` and ``buffers`` throughout, ``saved`` of each microbatch in flight.
+
+    ``saved``: by held stage; ``counts``: microbatches in flight while each step of the schedule runs [steps, stages].
+    """
+
+    rank: int
+    static: Ledger
+    buffers: Ledger
+    saved: tuple[Ledger, ...]
+    counts: npt.NDArray[np.int64]
+
+    @property
+    def worst(self) -> MemoryUse:
+        """The worst moment of the schedule."""
+        moment = (self.counts * [ledger.total for ledger in self.saved]).sum(axis=1).argmax()
+        counts = self.counts[int(moment)]
+        terms = self.static
+        for count, ledger in zip(counts, self.saved, strict=True):
+            terms += Ledger({f"saved_{name}": value * float(count) for name, value in ledger.items()})
+        return MemoryUse(self.rank, terms + self.buffers, float(counts.sum()))
 
 
 def stage_parameters(scenario: Scenario, layout: Layout, stage: Sequence[int]) -> Parameters:
@@ -78,7 +103,8 @@ def op_parameters(scenario: Scenario, op: Op) -> Parameters:
         assert moe is not None  # only MoE layers have experts
         copies = 1.0 + scenario.routing.placement.redundant_experts / moe.experts
         return Parameters(0.0, op.parameters * copies / (split.expert * split.expert_tensor))
-    return Parameters(op.parameters / _tensor_shards(op, split.tensor), 0.0)
+    shared_out = isinstance(op, Embedding) or (isinstance(op, Gemm) and op.split != "none")
+    return Parameters(op.parameters / (split.tensor if shared_out else 1), 0.0)
 
 
 def state_bytes(scenario: Scenario, group: str) -> Mapping[str, float]:
@@ -144,13 +170,17 @@ def saved_bytes(
 
 def peak(scenario: Scenario, layout: Layout, schedule: Schedule, load: ExpertLoad | None) -> MemoryUse:
     """Memory of the worst rank of the pipeline at its worst moment."""
-    worst: MemoryUse | None = None
-    for rank in range(schedule.ranks):
-        use = _rank_use(scenario, layout, rank, schedule, load)
-        if worst is None or use.peak_bytes > worst.peak_bytes:
-            worst = use
-    assert worst is not None
-    return worst
+    return worst(holding(scenario, layout, schedule, load))
+
+
+def worst(holdings: Sequence[Holding]) -> MemoryUse:
+    """The worst rank at its worst moment; of equal ranks the first."""
+    return max((each.worst for each in holdings), key=lambda use: use.peak_bytes)
+
+
+def holding(scenario: Scenario, layout: Layout, schedule: Schedule, load: ExpertLoad | None) -> tuple[Holding, ...]:
+    """What every rank of the pipeline holds."""
+    return tuple(_holding(scenario, layout, rank, schedule, load) for rank in range(schedule.ranks))
 
 
 def received_rows(layout: Layout, load: ExpertLoad | None, stage: Sequence[int], held: int) -> Mapping[int, float]:
@@ -166,18 +196,14 @@ def received_rows(layout: Layout, load: ExpertLoad | None, stage: Sequence[int],
     return dict(zip(blocks, rows[heaviest, :, busiest].mean(0).tolist(), strict=True))
 
 
-def _rank_use(scenario: Scenario, layout: Layout, rank: int, schedule: Schedule, load: ExpertLoad | None) -> MemoryUse:
+def _holding(scenario: Scenario, layout: Layout, rank: int, schedule: Schedule, load: ExpertLoad | None) -> Holding:
     counts = in_flight_by_stage(schedule, rank)
     stages = [layout.stages[stage] for stage in schedule.placement[rank]]
-    most = counts.max(axis=0).tolist()
-    received = [received_rows(layout, load, stage, held) for stage, held in zip(stages, most, strict=True)]
+    most = zip(stages, counts.max(axis=0).tolist(), strict=True)
+    received = [received_rows(layout, load, stage, held) for stage, held in most]
     saved = [saved_bytes(scenario, layout, stage, rows) for stage, rows in zip(stages, received, strict=True)]
-    moment = int((counts * [ledger.total for ledger in saved]).sum(axis=1).argmax())
-    terms = static_terms(scenario, layout, stages)
-    for count, ledger in zip(counts[moment], saved, strict=True):
-        terms += Ledger({f"saved_{name}": value * float(count) for name, value in ledger.items()})
-    terms += _buffers(scenario, layout, stages, {k: v for rows in received for k, v in rows.items()})
-    return MemoryUse(rank, terms, float(counts[moment].sum()))
+    buffers = _buffers(scenario, layout, stages, {k: v for rows in received for k, v in rows.items()})
+    return Holding(rank, static_terms(scenario, layout, stages), buffers, tuple(saved), counts)
 
 
 def _buffers(
@@ -241,29 +267,23 @@ def _tensor_bytes(scenario: Scenario, block: Block, tensor: Saved, rows: float) 
     split, precision = scenario.parallelism, scenario.training.precision
     if tensor.role == "logits":
         return 0.0  # one buffer, counted apart
-    special = {"mask": _MASK_BYTES, "statistics": _STATISTICS_BYTES, "bytes": 1.0}
-    size = special[tensor.role] if tensor.role in special else ELEMENT_BYTES[str(getattr(precision, tensor.role))]
+    size = _SIZES[tensor.role] if tensor.role in _SIZES else ELEMENT_BYTES[str(getattr(precision, tensor.role))]
     if tensor.rows == "received":
         return tensor.elements * size * rows / (split.expert_tensor if tensor.shard == "tensor" else 1)
-    sequence = split.tensor if split.sequence_parallel else 1
-    shards = {"tensor": split.tensor, "sequence": sequence, "none": 1}[tensor.shard]
+    sharded = tensor.shard == "tensor" or (tensor.shard == "sequence" and split.sequence_parallel)
+    shards = split.tensor if sharded else 1
     return tensor.elements * size * _tokens(scenario, block.stack) / shards
 
 
 def _tokens(scenario: Scenario, stack: str) -> float:
-    training = scenario.training
-    return training.micro_batch_sequences * training.length(stack) / scenario.parallelism.context
-
-
-def _tensor_shards(op: Op, tensor: int) -> int:
-    if isinstance(op, Embedding):
-        return tensor
-    return tensor if isinstance(op, Gemm) and op.split != "none" else 1
+    return scenario.training.micro_batch_sequences * scenario.training.length(stack) / scenario.parallelism.context
 
 
 __all__ = [
+    "Holding",
     "MemoryUse",
     "Parameters",
+    "holding",
     "op_parameters",
     "peak",
     "received_rows",
@@ -273,4 +293,5 @@ __all__ = [
     "state_bytes",
     "static_terms",
     "table_copy",
+    "worst",
 ]

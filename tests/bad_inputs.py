@@ -231,6 +231,35 @@ BAD_INPUTS = [
         _changed("4096", "[4096]"),
         "{file}:8:20: training.sequence_length: must be a whole number or a mapping",
     ),
+    # Schedules.
+    BadInput(
+        "unknown-schedule",
+        _changed("training:", "parallelism: {schedule: zbh3}\ntraining:"),
+        "{file}:6:25: parallelism.schedule: must be one of gpipe, 1f1b, interleaved, zb1p, zbh2, zbv, dualpipe, ",
+    ),
+    BadInput(
+        "schedule-without-file",
+        _changed("training:", "parallelism: {schedule: {}}\ntraining:"),
+        "{file}:6:25: parallelism.schedule.file: is required, for example actions.csv",
+    ),
+    BadInput(
+        "unknown-key-of-a-schedule",
+        _changed("training:", "parallelism: {schedule: {fil: actions.csv}}\ntraining:"),
+        "parallelism.schedule.fil: unknown key 'fil'; did you mean 'file'?",
+    ),
+    BadInput(
+        "schedule-file-is-a-number",
+        _changed("training:", "parallelism: {schedule: {file: 3}}\ntraining:"),
+        "{file}:6:32: parallelism.schedule.file: ",
+    ),
+    BadInput(
+        "schedule-file-of-a-growing-batch",
+        _file(
+            SCENARIO.replace(": 64", ": {from: 8, to: 64, until_tokens: 1M}")
+            + "parallelism: {schedule: {file: actions.csv}}\n"
+        ),
+        "parallelism.schedule.file: a schedule file holds one number of microbatches, but the batch grows; use a named",
+    ),
     # Routing.
     BadInput(
         "unknown-load",
@@ -295,22 +324,119 @@ BAD_INPUTS = [
 ]
 
 
+def _schedule(*rows: str | bytes, file: str = "actions.csv") -> Callable[[Path], str]:
+    """Two pipeline ranks, two microbatches, and a schedule file of these rows."""
+
+    def make(folder: Path) -> str:
+        texts = [row if isinstance(row, bytes) else row.replace(" ", ",").encode() for row in rows]
+        (folder / "actions.csv").write_bytes(b"\n".join(texts))
+        (folder / "folder").mkdir()
+        path = folder / "scenario.yaml"
+        text = SCENARIO.replace("batch_sequences: 64", "batch_sequences: 8")
+        path.write_text(f"{text}parallelism: {{pipeline: 2, schedule: {{file: {file}}}}}\n", encoding="utf-8")
+        return str(path)
+
+    return make
+
+
+def _line(number: int, message: str) -> str:
+    return f"{{folder}}/actions.csv:{number}: parallelism.schedule.file: {message}"
+
+
+_FIRST, _SECOND = "0F0 0F1 0B0 0B1", "1F0 1B0 1F1 1B1"
+
+BAD_SCHEDULES = [
+    BadInput("no-schedule-file", _schedule(file="quux.csv"), "parallelism.schedule.file: no such file: 'quux.csv'"),
+    BadInput("long-schedule-file", _schedule(file="x" * 5000), "parallelism.schedule.file: 'xxxx"),
+    BadInput(
+        "schedule-folder",
+        _schedule(file="folder"),
+        "{folder}/folder: parallelism.schedule.file: is not a file; give a CSV file with one row per pipeline rank",
+    ),
+    BadInput("empty-schedule", _schedule(""), "holds 0 rows with actions, one per rank, but parallelism.pipeline is 2"),
+    BadInput(
+        "binary-schedule", _schedule(bytes(range(128, 256))), "actions.csv: parallelism.schedule.file: is not UTF-8"
+    ),
+    BadInput("null-in-schedule", _schedule(b"0F0,\0,0B0"), _line(1, "cell '\\x00' is no action")),
+    BadInput("unclosed-quote", _schedule(_FIRST, '"1F0 1B0'), _line(2, "not CSV: unexpected end of data")),
+    BadInput(
+        "no-action",
+        _schedule(_FIRST, "1F0 1X0 1F1 1B1"),
+        _line(2, "cell '1X0' is no action; write stage, F, I, W or B, and microbatch, such as 0F3, or a pair such as "),
+    ),
+    BadInput("no-microbatch", _schedule("0F 0B", _SECOND), _line(1, "cell '0F' is no action")),
+    BadInput("negative-stage", _schedule("-1F0", _SECOND), _line(1, "cell '-1F0' is no action")),
+    BadInput("other-digits", _schedule("0F\u0663", _SECOND), _line(1, "cell '0F\u0663' is no action")),
+    BadInput("huge-stage", _schedule("9" * 30 + "F0", _SECOND), _line(1, "cell '99999999")),
+    BadInput(
+        "broken-pair", _schedule("0F0 (0F1;0B0)OVERLAP 0B1", _SECOND), _line(1, "cell '(0F1;0B0)OVERLAP' is no action")
+    ),
+    BadInput(
+        "pair-with-a-weight-pass",
+        _schedule("0F0 0I0 (0F1;0W0)OVERLAP_F_B 0B1", _SECOND),
+        _line(1, "rank 0, (0F1;0W0)OVERLAP_F_B: an overlapped pair is a forward (F) with a backward (I or B)"),
+    ),
+    BadInput(
+        "rows-for-three-ranks",
+        _schedule(_FIRST, _SECOND, "2F0 2B0 2F1 2B1"),
+        "parallelism.schedule.file: holds 3 rows with actions, one per rank, but parallelism.pipeline is 2",
+    ),
+    BadInput(
+        "too-many-stages",
+        _schedule(_FIRST, "1F0 2F0 2B0 1B0 1F1 2F1 2B1 1B1"),
+        _line(2, "2F0: stages 0 to 2, but pipeline 2 x virtual_stages 1 makes 2 stages"),
+    ),
+    BadInput(
+        "too-many-microbatches",
+        _schedule("0F0 0F1 0F2 0B0 0B1 0B2", "1F0 1B0 1F1 1B1 1F2 1B2"),
+        _line(1, "0F2: microbatches 0 to 2, but the batch makes 2 microbatches per pipeline"),
+    ),
+    BadInput(
+        "too-few-microbatches",
+        _schedule("0F0 0B0", "1F0 1B0"),
+        _line(1, "0F0: microbatches 0 to 0, but the batch makes 2 microbatches per pipeline"),
+    ),
+    BadInput("rank-without-a-stage", _schedule("1F0 1F1", "1B0 1B1"), "no rank works on stage 0"),
+    BadInput(
+        "stage-on-two-ranks",
+        _schedule(_FIRST, "1F0 1B0 1F1 1B1 0B1"),
+        _line(2, "stage 0 is on the ranks 0, 1; a stage is on one rank, or every stage is on two, rank r holding"),
+    ),
+    BadInput(
+        "microbatch-on-the-wrong-rank",
+        _schedule("0F0 1F0 1B0 0B0", "1F1 0F1 0B1 1B1"),
+        _line(1, "rank 0, 1F0: stage 1 of microbatch 0 belongs to rank 1"),
+    ),
+    BadInput("missing-action", _schedule(_FIRST, "1F0 1B0 1F1"), _line(2, "rank 1, 1B1: missing")),
+    BadInput("repeated-action", _schedule("0F0 0F0 0F1 0B0 0B1", _SECOND), _line(1, "rank 0, 0F0: appears twice")),
+    BadInput("backward-first", _schedule("0B0 0F0 0F1 0B1", _SECOND), _line(1, "rank 0, 0B0: comes before 0F0")),
+    BadInput(
+        "deadlock",
+        _schedule("0F0 0B0 0F1 0B1", "1F0 1F1 1B0 1B1"),
+        _line(1, "deadlock: rank 0 waits at 0B0 for 1B0; rank 1 waits at 1F1 for 0F1"),
+    ),
+]
+"""Schedule files that are refused when they are read; ``{folder}`` is the folder of the scenario."""
+
+
 def table() -> str:
     """Every bad input with the message that it gets, as Markdown."""
     import tempfile
 
     from simulator.errors import MoesimError
+    from simulator.layout import resolve
     from simulator.spec import load_scenario
 
     lines = ["| input | message |", "|---|---|"]
-    for bad in BAD_INPUTS:
+    for bad in (*BAD_INPUTS, *BAD_SCHEDULES):
         with tempfile.TemporaryDirectory() as folder:
             target = bad.make(Path(folder))
             try:
-                load_scenario(target)
+                resolve(load_scenario(target))
                 message = "accepted"
             except MoesimError as error:
                 message = str(error).replace(target, "FILE") if len(target) > 2 else str(error)
+                message = message.replace(f"{folder}/", "")
         lines.append(f"| {bad.name} | `{message[:240].replace('|', '/')}` |")
     return "\n".join(lines) + "\n"
 

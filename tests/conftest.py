@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 
-def _table() -> list[Any]:
+def _table(kind: str = "BAD_INPUTS") -> list[Any]:
     """Load tests/bad_inputs.py; under --import-mode=importlib the tests folder is not on the path."""
     name = "moesim_bad_inputs"
     if name not in sys.modules:
@@ -20,7 +20,7 @@ def _table() -> list[Any]:
         assert spec.loader is not None
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    rows: list[Any] = sys.modules[name].BAD_INPUTS
+    rows: list[Any] = getattr(sys.modules[name], kind)
     return rows
 
 
@@ -50,7 +50,8 @@ def moesim(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test that asks for ``bad_input`` once for each row of the table."""
-    if "bad_input" in metafunc.fixturenames:
-        rows = _table()
-        metafunc.parametrize("bad_input", rows, ids=[row.name for row in rows])
+    """Run a test that asks for ``bad_input`` or ``bad_schedule`` once for each row of its table."""
+    for name in ("bad_input", "bad_schedule"):
+        if name in metafunc.fixturenames:
+            rows = _table(f"{name.upper()}S")
+            metafunc.parametrize(name, rows, ids=[row.name for row in rows])

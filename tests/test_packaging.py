@@ -32,6 +32,8 @@ def test_the_wheel_holds_every_shipped_file(unpacked: Path) -> None:
         shipped = unpacked / "simulator" / "_data" / name
         assert {path.relative_to(shipped) for path in shipped.rglob("*") if path.is_file()} == source
     assert (unpacked / "validation" / "published" / "deepseek-v3.yaml").exists()
+    tables = unpacked / "validation" / "events" / "tables"
+    assert {path.name for path in tables.iterdir()} >= {"torch_schedules.json", "torch_digests.csv"}
 
 
 def test_the_wheel_estimates_from_another_folder(unpacked: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from simulator.campaign.step import Step
+from simulator.events import slowness
 from simulator.spec import Scenario
 from simulator.spec.fields import Contract, Sourced
 from simulator.spec.model import MixtureOfExperts
@@ -35,11 +36,29 @@ def assumptions(step: Step) -> list[str]:
                 f"loads of {load.assigned.shape[0]} microbatches are drawn and repeated over {step.layout.microbatches}"
             )
     stated += _routing(scenario)
+    stated += _disturbed(step)
     if scenario.model.encoder is not None:
         stated.append("tokens are encoder tokens; the decoder's work is spread over them")
     if step.engine == "max-plus":
         stated.append("max-plus engine: no two transfers share a link")
     return stated
+
+
+def _disturbed(step: Step) -> Iterator[str]:
+    """What is assumed about slow ranks and links and about kernel jitter."""
+    scenario, layout = step.scenario, step.layout
+    slow = slowness(scenario, layout)
+    if slow is not None:
+        count = len(scenario.cluster.faults)
+        lasting = "1 fault lasts" if count == 1 else f"{count} faults last"
+        yield f"{lasting} the whole training; the expert group played for each stage is the slowest one"
+        if slow.combined:
+            yield "faults of several replicas are played as if they were in one: the worst of each lane, an upper bound"
+    jitter = scenario.cluster.profile.jitter
+    if jitter is not None and jitter.value > 0.0:
+        yield f"kernel times vary by {jitter.value:.2g} between ranks, every kernel independently"
+        if layout.expert_data > 1:
+            yield f"the wait for the slowest of {layout.expert_data} replicas is an expected value"
 
 
 def assumed_numbers(profile: Contract) -> list[str]:

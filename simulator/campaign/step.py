@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from simulator import memory
 from simulator.errors import NotSimulated
-from simulator.events import Timeline, evaluate, play
+from simulator.events import MemoryCurve, Timeline, evaluate, memory_over_time, play, with_faults, with_jitter
 from simulator.layout import Layout, resolve
-from simulator.memory import MemoryUse
+from simulator.memory import Holding, MemoryUse
 from simulator.program import Program, build, schedule_of
 from simulator.routing import ExpertLoad, expert_load
 from simulator.schedules import Schedule
@@ -25,7 +26,7 @@ class Step:
     layout: Layout
     schedule: Schedule
     load: ExpertLoad | None
-    memory: MemoryUse
+    holdings: tuple[Holding, ...]
     program: Program
     prices: Prices
     timeline: Timeline
@@ -34,6 +35,16 @@ class Step:
     def seconds(self) -> float:
         """Duration of the step."""
         return self.timeline.step_s
+
+    @cached_property
+    def memory(self) -> MemoryUse:
+        """Memory of the worst rank at its worst moment."""
+        return memory.worst(self.holdings)
+
+    @cached_property
+    def memory_curves(self) -> tuple[MemoryCurve, ...]:
+        """Memory of every pipeline rank over the step."""
+        return memory_over_time(self.timeline, self.schedule, self.holdings)
 
 
 def simulate_step(scenario: Scenario, engine: EngineName = "events") -> Step:
@@ -49,14 +60,14 @@ def simulate_step(scenario: Scenario, engine: EngineName = "events") -> Step:
     load = expert_load(scenario, layout)
     program = build(scenario, layout, schedule)
     prices = Pricer(scenario, layout, load).price(program.classes)
+    program, prices = with_faults(program, prices, scenario, layout)
+    program, prices = with_jitter(program, prices, scenario, layout)
     timeline = play(program, prices) if engine == "events" else evaluate(program, prices)
-    use = memory.peak(scenario, layout, schedule, load)
-    return Step(scenario, engine, layout, schedule, load, use, program, prices, timeline)
+    holdings = memory.holding(scenario, layout, schedule, load)
+    return Step(scenario, engine, layout, schedule, load, holdings, program, prices, timeline)
 
 
 def _refuse_unmodelled(scenario: Scenario) -> None:
     """Refuse options that would silently have no effect."""
-    if scenario.cluster.faults:
-        raise NotSimulated("cluster.faults: slow ranks and links are not simulated yet; leave the list empty")
     if scenario.training.offload:
         raise NotSimulated("training.offload: host offload is not simulated yet; leave the list empty")

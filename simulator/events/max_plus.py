@@ -27,7 +27,8 @@ def evaluate(program: Program, prices: Prices) -> Timeline:
         if lanes > 1 and meets.any():
             ready[meets] = ready[meets].max(axis=1, keepdims=True)
         start[wave] = ready
-        end[wave] = ready + prices.seconds[rows[wave]]
+        seconds = prices.seconds[rows[wave]]
+        end[wave] = ready + (seconds if prices.noise is None else seconds * prices.noise[wave])
     return Timeline(program, prices, start, end[:-1])
 
 

@@ -23,6 +23,8 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 WAITING, BUBBLE = "waiting", "bubble"
+REASONS = (*EXPOSED.values(), WAITING, BUBBLE)
+"""Why a compute stream pauses."""
 EXPLAINED_LANES = 8
 """Lanes of a group whose gaps are explained; the terms of each of them sum to the step."""
 
@@ -30,6 +32,15 @@ EXPLAINED_LANES = 8
 def rows_of(program: Program, prices: Prices) -> IntArray:
     """Price row of every op: its class's row for its microbatch [ops]."""
     return np.asarray(prices.row[program.cls] + program.microbatch % prices.rows[program.cls])
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """Pauses of the compute streams: the op that ends each, its explained lane, and seconds [gaps, reasons]."""
+
+    op: IntArray
+    lane: IntArray
+    seconds: FloatArray
 
 
 @dataclass(frozen=True)
@@ -79,12 +90,18 @@ class Timeline:
         by_family = np.einsum("rcl,cf->frl", by_class, prices.share)
         return {name: by_family[index] for index, name in enumerate(prices.families) if name != "barrier"}
 
-    def _gaps(self) -> dict[str, FloatArray]:
-        """Idle time of the compute streams by reason."""
+    @cached_property
+    def compute_order(self) -> tuple[IntArray, npt.NDArray[np.bool_]]:
+        """Compute ops rank by rank in the order of their streams, and which of them are the first of their rank."""
         program = self.program
         compute = np.flatnonzero(program.stream == COMPUTE)
         order = compute[np.lexsort((compute, program.rank[compute]))]
-        first = np.concatenate([[True], program.rank[order][1:] != program.rank[order][:-1]])
+        return order, np.concatenate([[True], program.rank[order][1:] != program.rank[order][:-1]])
+
+    @cached_property
+    def gaps(self) -> Gaps:
+        """Every pause of the compute streams in the explained lanes, by reason."""
+        order, first = self.compute_order
         begin = self.start[np.ix_(order, self.lanes)]
         before = np.where(
             first[:, None],
@@ -92,12 +109,17 @@ class Timeline:
             np.concatenate([np.zeros((1, len(self.lanes))), self.end[np.ix_(order[:-1], self.lanes)]]),
         )
         gap, lane = np.nonzero(begin - before > 1e-12)
-        names = [*EXPOSED.values(), WAITING, BUBBLE]
-        sums = np.zeros((len(names), program.ranks, len(self.lanes)))
+        sums = np.zeros((len(gap), len(REASONS)))
         walk = _Walk(self, order[gap], lane, before[gap, lane])
-        for which, ops, lanes, seconds in walk.steps():
-            np.add.at(sums, (which, program.rank[order[gap]][ops], lanes), seconds)
-        return dict(zip(names, sums, strict=True))
+        for reason, gaps, seconds in walk.steps():
+            np.add.at(sums, (gaps, reason), seconds)
+        return Gaps(order[gap], lane, sums)
+
+    def _gaps(self) -> dict[str, FloatArray]:
+        """Idle time of the compute streams by reason, rank and explained lane."""
+        sums = np.zeros((self.program.ranks, len(self.lanes), len(REASONS)))
+        np.add.at(sums, (self.program.rank[self.gaps.op], self.gaps.lane), self.gaps.seconds)
+        return {name: sums[:, :, index] for index, name in enumerate(REASONS)}
 
 
 class _Walk:
@@ -111,8 +133,8 @@ class _Walk:
         self.streams = {stream: index for index, stream in enumerate(EXPOSED)}
         self.waiting, self.bubble = len(EXPOSED), len(EXPOSED) + 1
 
-    def steps(self) -> Iterator[tuple[IntArray, IntArray, IntArray, FloatArray]]:
-        """Yield (term, gap, lane, seconds) arrays until every gap is explained to its floor."""
+    def steps(self) -> Iterator[tuple[IntArray, IntArray, FloatArray]]:
+        """Yield (reason, gap, seconds) arrays until every gap is explained to its floor."""
         timeline, program = self.timeline, self.program
         for _ in range(64):
             if len(self.gap) == 0:
@@ -149,8 +171,8 @@ class _Walk:
             binding[owner[best][::-1]] = needs[best][::-1]
         return binding, arrival
 
-    def _charge(self, term: IntArray, seconds: FloatArray) -> tuple[IntArray, IntArray, IntArray, FloatArray]:
-        return term, self.gap, self.lane, np.maximum(seconds, 0.0)
+    def _charge(self, reason: IntArray, seconds: FloatArray) -> tuple[IntArray, IntArray, FloatArray]:
+        return reason, self.gap, np.maximum(seconds, 0.0)
 
     def _keep(self, still: npt.NDArray[np.bool_], binding: IntArray) -> None:
         self.gap, self.lane, self.floor, self.top = (

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simulator import errors
+from simulator import errors, schedules
 from simulator.layout.grid import Grid, Span, check_folding, dense_grid, expert_grid, span
 from simulator.layout.stages import assign, balance
+from simulator.schedules import SCHEDULES, Schedule, check
+from simulator.schedules.pairing import pair_neighbours
 from simulator.spec.parallelism import ExpertChunks
 from simulator.spec.scenario import Scenario
 from simulator.workload.blocks import blocks as list_blocks
 from simulator.workload.ops import Block
-
-_PAIRING = ("dualpipe", "dualpipev")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Layout:
 
     ``spans`` maps a group name (tensor, context, data, gradient, expert, expert_tensor, expert_data, pipeline, and the
     shard and replica groups of dense and expert states, embedding: first and last stage) to its place in the network;
-    ``stages`` maps each pipeline stage to the indices of its ``blocks``.
+    ``stages`` maps each pipeline stage to the indices of its ``blocks``; ``expert_chunks``: parts in which a MoE layer
+    exchanges and computes its rows.
     """
 
     dense: Grid
@@ -35,6 +36,7 @@ class Layout:
     microbatches: int
     overlap: frozenset[str]
     stage_replicas: int
+    expert_chunks: int = 1
 
     @property
     def data(self) -> int:
@@ -82,13 +84,17 @@ def resolve(scenario: Scenario) -> Layout:
         name: span(grid.group(members), profile.tiers, profile.accelerator.ranks_per_accelerator, axes.get(torus))
         for name, (grid, members, torus) in groups.items()
     }
+    microbatches = scenario.training.steady_batch_sequences // (
+        dense.sizes["data"] * scenario.training.micro_batch_sequences
+    )
+    schedule = schedules.of(split, microbatches)
     sharded = split.fully_sharded
     for name, grid, members, ranks in (
         ("dense", dense, ["data", "context"], sharded.ranks if sharded else None),
         ("expert", expert, ["expert_data"], sharded.experts if sharded else None),
     ):
         group = grid.group(members)
-        if split.schedule == "dualpipe":  # the first stage lives on the last pipeline rank too
+        if schedule.bidirectional:  # the first stage lives on the last pipeline rank too
             mirror = (split.pipeline - 1) * grid.strides["pipeline"]
             group = np.concatenate([group, group + mirror])
         inside = ranks or len(group)
@@ -100,46 +106,68 @@ def resolve(scenario: Scenario) -> Layout:
     ends = np.array([0, (split.pipeline - 1) * dense.strides["pipeline"]])
     spans["embedding"] = span(np.unique(ends), profile.tiers, profile.accelerator.ranks_per_accelerator, None)
     blocks = list_blocks(scenario)
-    training = scenario.training
     return Layout(
         dense=dense,
         expert=expert,
         spans=spans,
         blocks=blocks,
         stages=assign(scenario, blocks),
-        microbatches=training.steady_batch_sequences // (dense.sizes["data"] * training.micro_batch_sequences),
-        overlap=_overlap(scenario),
-        stage_replicas=2 if split.schedule == "dualpipe" else 1,
+        microbatches=microbatches,
+        overlap=_overlap(scenario, schedule),
+        stage_replicas=2 if schedule.bidirectional else 1,
+        expert_chunks=_expert_chunks(scenario),
     )
 
 
-def _overlap(scenario: Scenario) -> frozenset[str]:
+def _overlap(scenario: Scenario, schedule: Schedule) -> frozenset[str]:
     """Resolve ``overlap: auto`` and refuse what would silently have no effect."""
     split = scenario.parallelism
     if split.overlap == "auto":
         chosen = {"gradient_reduce", "parameter_gather", "pipeline"}
-        return frozenset(chosen | ({"expert_all_to_all"} if split.schedule in _PAIRING else set()))
-    names: set[str] = set()
-    for item in split.overlap:
-        if isinstance(item, ExpertChunks):
-            if item.expert_chunks > 1:
-                raise errors.NotSimulated(
-                    f"parallelism.overlap: expert_chunks {item.expert_chunks} is not simulated yet; leave it out"
-                )
-            continue
-        names.add(item)
-    for name in sorted(names & {"tensor", "context"}):
-        raise errors.NotSimulated(
-            f"parallelism.overlap: {name} is not simulated yet; leave it out (it is then exposed)"
-        )
-    if "shared_experts" in names and split.tensor > 1:
-        raise errors.NotSimulated("parallelism.overlap: shared_experts with tensor parallelism is not simulated yet")
-    if "expert_all_to_all" in names and split.schedule not in _PAIRING:
-        raise errors.NotSimulated(
-            f"parallelism.overlap: expert_all_to_all hides under the F-B pairs of {' or '.join(_PAIRING)}; "
-            f"schedule {split.schedule} has no such pairs"
-        )
+        return frozenset(chosen | ({"expert_all_to_all"} if schedule.pairs else set()))
+    names = {item for item in split.overlap if not isinstance(item, ExpertChunks)}
+    for name, size in (("tensor", split.tensor), ("context", split.context)):
+        if name in names and size == 1:
+            raise errors.NotSimulated(
+                f"parallelism.overlap: {name} has nothing to hide where parallelism.{name} is 1; leave it out"
+            )
+    if "expert_all_to_all" in names:
+        _check_pairs(schedule)
+        if _expert_chunks(scenario) > 1:
+            raise errors.NotSimulated(
+                "parallelism.overlap: expert_chunks hides an exchange under the experts of its own microbatch, "
+                "expert_all_to_all under another microbatch; both at once are not simulated: choose one"
+            )
     return frozenset(names)
+
+
+def _check_pairs(schedule: Schedule) -> None:
+    """Whether the schedule has pairs of a forward and a backward, or neighbours that can become such pairs."""
+    if schedule.pairs:
+        return
+    hides = "parallelism.overlap: expert_all_to_all hides an exchange under another microbatch"
+    if schedule.name == "1f1b" and schedule.ranks > 1:
+        raise errors.NotSimulated(
+            f"{hides}; in 1f1b each rank is one forward ahead of the next, so the pairs of two neighbours would take "
+            "turns and the step twice as long; use schedule interleaved"
+        )
+    paired = pair_neighbours(schedule)
+    if not paired.pairs:
+        raise errors.NotSimulated(
+            f"{hides}; in {schedule.name} with {schedule.microbatches} microbatches no full backward is followed by a "
+            "forward; use interleaved, dualpipe or dualpipev, or 1f1b without a pipeline"
+        )
+    if schedule.name not in SCHEDULES:
+        try:
+            check(paired)
+        except ValueError as why:
+            raise errors.NotSimulated(f"{hides}; pairs of neighbours block each other: {why}") from None
+
+
+def _expert_chunks(scenario: Scenario) -> int:
+    """Parts of an expert phase; the largest wish counts."""
+    wishes = scenario.parallelism.overlap
+    return max((wish.expert_chunks for wish in wishes if isinstance(wish, ExpertChunks)), default=1)
 
 
 __all__ = ["Grid", "Layout", "Span", "balance", "resolve"]

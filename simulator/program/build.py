@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from simulator import errors
+from simulator import schedules
 from simulator.layout import Layout
 from simulator.program.gradients import finish_step
 from simulator.program.pipeline import place
 from simulator.program.structure import Draft, Program
 from simulator.schedules import Schedule
-from simulator.schedules import build as build_schedule
-from simulator.spec.parallelism import ScheduleFile
+from simulator.schedules.pairing import pair_neighbours
 from simulator.spec.scenario import Scenario
 
 
 def schedule_of(scenario: Scenario, layout: Layout) -> Schedule:
-    """The action lists of the scenario's schedule.
+    """The action lists of the scenario's schedule, by name or by file, with its pairs of forward and backward.
 
     Raises:
-        NotSimulated: a schedule without an implementation.
+        InvalidInput: a schedule file that cannot be used; the text names file, line, cell or rank and action.
     """
-    split = scenario.parallelism
-    if isinstance(split.schedule, ScheduleFile):
-        raise errors.NotSimulated(
-            "parallelism.schedule: custom schedule files are not simulated yet; use a named schedule"
-        )
-    return build_schedule(split.schedule, split.pipeline, layout.microbatches, split.virtual_stages)
+    schedule = schedules.of(scenario.parallelism, layout.microbatches)
+    if "expert_all_to_all" in layout.overlap and scenario.parallelism.expert > 1 and not schedule.pairs:
+        return pair_neighbours(schedule)
+    return schedule
 
 
 def build(scenario: Scenario, layout: Layout, schedule: Schedule) -> Program:

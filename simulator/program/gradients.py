@@ -14,7 +14,7 @@ from simulator.layout import Layout
 from simulator.memory import shard_ranks, stage_parameters, state_bytes, table_copy
 from simulator.program.pipeline import Placed
 from simulator.program.sharding import Moves, replica_reductions, stage_gathers, stage_reductions, wire_bytes
-from simulator.program.structure import COMPUTE, GRADIENT, PARAMETER, Draft
+from simulator.program.structure import COMPUTE, GRADIENT, PARAMETER, REPLICAS, Draft
 from simulator.schedules import Schedule
 from simulator.spec.scenario import Scenario
 from simulator.timing.classes import Bulk, Fixed, Update
@@ -25,7 +25,7 @@ def finish_step(scenario: Scenario, layout: Layout, schedule: Schedule, draft: D
     zero = scenario.parallelism.zero_stage
     norm: list[int] = []
     for rank in range(schedule.ranks):
-        ready = [placed.last_compute[rank]]
+        ready = [_slowest_replica(scenario, layout, draft, rank, placed.last_compute[rank])]
         for stage in schedule.placement[rank]:
             if zero < 2 and "gradient_reduce" not in layout.overlap:
                 ready += _bulks(draft, stage_reductions(scenario, layout, stage), "reduce", rank, GRADIENT, ready[:1])
@@ -48,6 +48,14 @@ def finish_step(scenario: Scenario, layout: Layout, schedule: Schedule, draft: D
             cls_stack = Fixed("stack", overhead.value)
             draft.op(rank=rank, stream=COMPUTE, cls=cls_stack, label="step overhead", after=ends)
         draft.op(rank=rank, stream=COMPUTE, cls=Fixed("barrier", 0.0), label="end of step", after=ends)
+
+
+def _slowest_replica(scenario: Scenario, layout: Layout, draft: Draft, rank: int, last: int) -> int:
+    """Where kernel times vary between replicas, every rank waits for the slowest; how long is a matter of prices."""
+    jitter = scenario.cluster.profile.jitter
+    if jitter is None or jitter.value == 0.0 or layout.expert_data == 1:
+        return last
+    return draft.op(rank=rank, stream=COMPUTE, cls=Fixed(REPLICAS, 0.0), label="wait for replicas", after=[last])
 
 
 def _shared_table(scenario: Scenario, layout: Layout, schedule: Schedule, draft: Draft, placed: Placed) -> list[int]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from simulator.layout import Layout
 from simulator.spec.scenario import Scenario
 from simulator.timing.classes import Item
-from simulator.workload.ops import Collective, MemoryOp, moe_ordinals
+from simulator.workload.ops import AttentionCore, Collective, Gemm, MemoryOp, moe_ordinals
 from simulator.workload.recompute import fully_repeated, repeated
 
 
@@ -32,7 +32,7 @@ class Entry:
 
 @dataclass
 class Phase:
-    """The expert part of one MoE layer."""
+    """The expert part of one MoE layer; ``beside``: shared experts, and their collectives, under its exchange."""
 
     layer: int
     stack: str
@@ -85,7 +85,7 @@ def _add_block(
         if isinstance(op, Collective) and layout.spans[op.group].size <= 1:
             continue
         entry = Entry(Item(op, block.stack, family or op.family), position in again, index)
-        if beside and op.family == "shared_expert":
+        if beside and (op.family == "shared_expert" or op.name.startswith("shared_expert ")):
             waiting.append(entry)
         elif len(work.phases) == len(work.segments):
             work.phases[-1].entries.append(entry)
@@ -93,19 +93,46 @@ def _add_block(
             work.segments[-1].append(entry)
 
 
-def runs(entries: Sequence[Entry], *, by_block: bool) -> list[list[Entry]]:
+def runs(
+    entries: Sequence[Entry], *, by_block: bool = False, joined: frozenset[str] = frozenset()
+) -> list[list[Entry]]:
     """Split a segment into stretches of compute; a collective is a stretch of its own.
 
-    ``by_block`` also cuts at block borders, for parameters that are gathered layer by layer.
+    ``by_block`` also cuts at block borders, for parameters that are gathered layer by layer. Collectives of the groups
+    in ``joined`` may run beside the product (or attention) that they feed or follow: the two are one stretch of two.
     """
     result: list[list[Entry]] = []
-    for entry in entries:
-        tail = result[-1][-1] if result else None
-        alone = isinstance(entry.item.op, Collective) or tail is None or isinstance(tail.item.op, Collective)
-        if alone or (by_block and tail is not None and tail.block != entry.block):
+    partner = _partners(entries, joined)
+    for index, entry in enumerate(entries):
+        tail = result[-1] if result else None
+        if tail is not None and partner.get(index) == index - 1:
+            tail.append(entry)
+            continue
+        alone = isinstance(entry.item.op, Collective) or index in partner or tail is None or collective_of(tail)
+        if alone or (by_block and tail is not None and tail[-1].block != entry.block):
             result.append([entry])
         else:
             result[-1].append(entry)
+    return result
+
+
+def collective_of(stretch: Sequence[Entry]) -> Entry | None:
+    """The collective of a stretch, if it has one."""
+    return next((entry for entry in stretch if isinstance(entry.item.op, Collective)), None)
+
+
+def _partners(entries: Sequence[Entry], joined: frozenset[str]) -> dict[int, int]:
+    """Index of each collective and of its neighbour, both ways: what it feeds (enter, ring) or follows (exit)."""
+    result: dict[int, int] = {}
+    for index, entry in enumerate(entries):
+        op = entry.item.op
+        if not isinstance(op, Collective) or op.group not in joined:
+            continue
+        other = index - 1 if op.kind == "exit" else index + 1
+        wanted = AttentionCore if op.kind == "ring" else Gemm
+        inside = 0 <= other < len(entries) and other not in result
+        if inside and isinstance(entries[other].item.op, wanted) and entries[other].block == entry.block:
+            result[index], result[other] = other, index
     return result
 
 

@@ -14,8 +14,9 @@ import numpy as np
 
 from simulator.layout import Layout
 from simulator.program.layer import StageWork, stage_work
-from simulator.program.overlap import BACKWARD_INPUT, FORWARD_INPUT, Chunk, Template, interleave
-from simulator.program.structure import COMPUTE, PIPELINE, Draft, IntArray
+from simulator.program.overlap import Chunk, interleave
+from simulator.program.structure import COMPUTE, PIPELINE, Draft, IntArray, Program
+from simulator.program.template import BACKWARD_INPUT, FORWARD_INPUT, Template
 from simulator.schedules import Action, Overlapped, Schedule, Step, parts
 from simulator.spec.scenario import Scenario
 from simulator.timing.classes import Send
@@ -63,6 +64,24 @@ def place(scenario: Scenario, layout: Layout, schedule: Schedule, draft: Draft) 
         _stamp(draft, templates[key], np.array(places, dtype=np.int64))
     arrivals.join()
     return placed
+
+
+def alone(scenario: Scenario, layout: Layout, step: Step) -> Program:
+    """One chunk, or pair of chunks, by itself: its messages are there at the start, nothing is reduced or gathered."""
+    draft = Draft(1)
+    works = [stage_work(scenario, layout, stage) for stage in layout.stages]
+    template = _template(scenario, layout, draft, works, step, (False, False))
+    forward, backward = _sides(step)
+    place = (
+        draft.reserve(len(template.streams)),
+        0,
+        forward.microbatch,
+        forward.stage,
+        backward.microbatch,
+        backward.stage,
+    )
+    _stamp(draft, template, np.array([place], dtype=np.int64))
+    return draft.finish()
 
 
 def _key(step: Step) -> TemplateKey:

@@ -31,6 +31,9 @@ EXPOSED = {
 }
 """Name of the breakdown term of each communication stream."""
 
+REPLICAS = "waiting_replicas"
+"""Family of the wait for the slowest replica of a stage."""
+
 
 @dataclass(frozen=True)
 class Program:

@@ -137,6 +137,11 @@ TERMS: dict[str, Meaning] = {
     "waiting": Meaning(
         "Waiting for slower members of a collective: the price of skew.", "start of the collective - own arrival"
     ),
+    "waiting_replicas": Meaning(
+        "Waiting at the end of the step for the slowest of the expert groups that share a stage, where kernels jitter.",
+        "z(replicas) x jitter x sqrt(sum of squared kernel times)",
+        "expected largest of independent normal numbers",
+    ),
     "bubble": Meaning("Nothing to do because other stages work.", "what is left of the gaps"),
 }
 

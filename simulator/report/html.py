@@ -16,8 +16,10 @@ from ruamel.yaml import YAML
 
 from simulator.campaign import TrainingEstimate
 from simulator.campaign.result import simulator_version
+from simulator.events import action_ledger, critical_path
 from simulator.report import figures
 from simulator.report.glossary import TERMS
+from simulator.report.over_time import memory_over_time_figure
 from simulator.report.page import bullets, details, figure, filled, save, section, table
 from simulator.report.study_pages import study_section
 from simulator.report.style import GIB, duration, readable, seconds, short
@@ -130,6 +132,25 @@ def _cost(estimate: TrainingEstimate) -> str:
 
 def _timeline(estimate: TrainingEstimate) -> str:
     timeline = estimate.step.timeline
+    path = critical_path(timeline)
+    parts = [
+        ("by kind of action", action_ledger(timeline, estimate.step.schedule)),
+        ("along the critical path", path.terms),
+    ]
+    opened = [
+        details(
+            f"The step {name}",
+            table(
+                ("term", "s", "share"),
+                "lrr",
+                [
+                    (escape(readable(term)), f"{value:.4f}", f"{value / timeline.step_s:.2%}")
+                    for term, value in sorted(ledger.items(), key=lambda item: -item[1])
+                ],
+            ),
+        )
+        for name, ledger in parts
+    ]
     return section(
         "Step timeline",
         "Above: the share of time in which each pipeline rank computes; the frame marks the window below. Below: every "
@@ -137,13 +158,19 @@ def _timeline(estimate: TrainingEstimate) -> str:
         "communication that nothing hides, waiting, or bubble. Hover names an op, drag zooms, double click returns.",
         figure(figures.step_figure(timeline), "step"),
         figure(figures.timeline_figure(timeline), "timeline"),
+        *opened,
     )
 
 
 def _memory(estimate: TrainingEstimate) -> str:
     use = estimate.step.memory
     note = f"Allocated bytes on the worst rank at its worst moment, with {use.in_flight:g} microbatches kept."
-    return section("Memory", note, figure(figures.memory_figure(estimate), "memory"))
+    return section(
+        "Memory",
+        note,
+        figure(figures.memory_figure(estimate), "memory"),
+        figure(memory_over_time_figure(estimate), "memory-over-time"),
+    )
 
 
 def _experts(estimate: TrainingEstimate) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from simulator.events import BUBBLE, WAITING
+from simulator.program import REPLICAS
 from simulator.timing.prices import RECOMPUTE, STACK
 
 BLUE, SKY, GREEN, YELLOW = "#0072B2", "#56B4E9", "#009E73", "#F0E442"
@@ -51,7 +52,13 @@ def step_group(term: str) -> str:
     """
     if term.startswith("exposed_"):
         return "exposed communication"
-    names = {WAITING: "waiting for slower ranks", BUBBLE: "bubble", RECOMPUTE: "recomputation", STACK: "software stack"}
+    names = {
+        WAITING: "waiting for slower ranks",
+        REPLICAS: "waiting for slower ranks",
+        BUBBLE: "bubble",
+        RECOMPUTE: "recomputation",
+        STACK: "software stack",
+    }
     return names.get(term, "compute")
 
 

@@ -246,7 +246,7 @@ def _routing_line(result: TrainingEstimate) -> RenderableType:
 
 
 def _idle(name: str) -> bool:
-    return name.startswith("exposed_") or name in ("waiting", "bubble")
+    return name.startswith("exposed_") or name in ("waiting", "waiting_replicas", "bubble")
 
 
 def titled(title: str, table: Table) -> RenderableType:

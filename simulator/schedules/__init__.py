@@ -1,8 +1,8 @@
 """Pipeline schedules as data: what every rank does, in which order, without times.
 
-``build`` makes a schedule by its scenario name. The lists are compared action for action with PyTorch's in
-``tests/differential``; ``check`` proves that a list is complete and free of deadlock; ``in_flight`` counts the
-activations that it holds.
+``build`` makes a schedule by its scenario name, ``read`` takes one from a file, ``of`` does what a scenario asks for.
+The lists are compared action for action with PyTorch's in ``tests/differential``; ``check`` proves that a list is
+complete and free of deadlock; ``in_flight`` counts the activations that it holds.
 
 ==============  ======================  ==================  ===========================  ==========================
 name            chunks per rank         domain              bubble (makespan)            peak activations (chunks)
@@ -11,6 +11,7 @@ gpipe           1                       P, M >= 1           (P-1)(F+B)          
 1f1b            1                       P, M >= 1           (P-1)(F+B)                   min(P-r, M)
 interleaved     v                       M multiple of P     (P-1)(F+B) of a chunk        min(vM, 2(P-1-r)+(v-1)P+1)
 zb1p            1                       P, M >= 1           (P-1)(F+I-W)                 min(P, M)
+zbh2            1                       P, M >= 1           (P-1)F when F=I=W            min(2P-1, M)
 zbv             2, in a V               P, M >= 1           (P-1)F when F=I=W            min(2P, 2M, M+1+r)
 dualpipe        2, both directions      P, M even, M >= 2P  (P/2-1)(F&B+B-3W) when       P+1
                                                             F=I=W
@@ -31,19 +32,20 @@ from simulator.schedules.actions import (
     Overlapped,
     Schedule,
     Step,
-    check,
     in_flight,
     in_flight_by_stage,
     parts,
 )
 from simulator.schedules.dualpipe import dualpipe, dualpipev
+from simulator.schedules.files import read
 from simulator.schedules.gpipe_1f1b import gpipe, one_f_one_b
 from simulator.schedules.interleaved import interleaved
+from simulator.schedules.laws import check
 from simulator.schedules.writing import require
-from simulator.schedules.zero_bubble import zb1p, zbv
+from simulator.schedules.zero_bubble import zb1p, zbh2, zbv
+from simulator.spec.parallelism import Parallelism, ScheduleFile
 
 __all__ = [
-    "NOT_SIMULATED",
     "SCHEDULES",
     "Action",
     "Kind",
@@ -58,24 +60,24 @@ __all__ = [
     "in_flight",
     "in_flight_by_stage",
     "interleaved",
+    "of",
     "one_f_one_b",
     "parts",
+    "read",
     "zb1p",
+    "zbh2",
     "zbv",
 ]
 
 _ONE_CHUNK: MappingProxyType[str, Callable[[int, int], Schedule]] = MappingProxyType(
-    {"gpipe": gpipe, "1f1b": one_f_one_b, "zb1p": zb1p, "dualpipe": dualpipe}
+    {"gpipe": gpipe, "1f1b": one_f_one_b, "zb1p": zb1p, "zbh2": zbh2, "dualpipe": dualpipe}
 )
 _TWO_CHUNKS: MappingProxyType[str, Callable[[int, int], Schedule]] = MappingProxyType(
     {"zbv": zbv, "dualpipev": dualpipev}
 )
 
-SCHEDULES: tuple[str, ...] = ("gpipe", "1f1b", "interleaved", "zb1p", "zbv", "dualpipe", "dualpipev")
+SCHEDULES: tuple[str, ...] = ("gpipe", "1f1b", "interleaved", "zb1p", "zbh2", "zbv", "dualpipe", "dualpipev")
 """Names that ``build`` knows."""
-
-NOT_SIMULATED: tuple[str, ...] = ("zbh2",)
-"""Names that a scenario may hold but that this release has no order for."""
 
 
 @functools.lru_cache(maxsize=128)
@@ -86,22 +88,27 @@ def build(name: str, ranks: int, microbatches: int, virtual_stages: int = 1) -> 
     1 (the default) or 2; all others take 1 only.
 
     Raises:
-        NotSimulated: the name is valid in a scenario, but has no generator here.
         InvalidInput: the name is unknown, or P, M, v lie outside the schedule's domain.
 
     >>> " ".join(map(str, build("1f1b", ranks=4, microbatches=8).steps[3][:4]))
     '3F0 3B0 3F1 3B1'
     """
-    if name in NOT_SIMULATED:
-        raise errors.NotSimulated(
-            f"no schedule {name!r} in this release; available: {', '.join(SCHEDULES)}"
-            " (zb1p has the bubble nearest to it at half of its memory)"
-        )
     if name == "interleaved":
         return interleaved(ranks, microbatches, virtual_stages)
     if name in _TWO_CHUNKS:
         require(virtual_stages in (1, 2), f"{name} has 2 chunks per rank; got virtual_stages {virtual_stages}")
         return _TWO_CHUNKS[name](ranks, microbatches)
-    require(name in _ONE_CHUNK, errors.one_of(name, (*SCHEDULES, *NOT_SIMULATED), "schedule"))
+    require(name in _ONE_CHUNK, errors.one_of(name, SCHEDULES, "schedule"))
     require(virtual_stages == 1, f"{name} has no virtual stages; got virtual_stages {virtual_stages}")
     return _ONE_CHUNK[name](ranks, microbatches)
+
+
+def of(split: Parallelism, microbatches: int) -> Schedule:
+    """Return the schedule that a scenario asks for, by name or by file.
+
+    Raises:
+        InvalidInput: as :func:`build` and :func:`read`.
+    """
+    if isinstance(split.schedule, ScheduleFile):
+        return read(split.schedule.file, split.pipeline, microbatches, split.virtual_stages)
+    return build(split.schedule, split.pipeline, microbatches, split.virtual_stages)

@@ -1,4 +1,4 @@
-"""The vocabulary of pipeline schedules: actions, the lists they form, and the laws that such lists obey.
+"""The vocabulary of pipeline schedules: actions, the lists they form, and what those lists hold in flight.
 
 A pipeline schedule is data. For every pipeline rank it says in which order the rank works, and says nothing about time:
 durations, links and overlap gains belong to the rooms that play the lists. The letters are PyTorch's::
@@ -85,7 +85,7 @@ class Schedule:
 
     def rank_of(self, stage: int, microbatch: int) -> int:
         """Return the rank on which a stage works on a microbatch."""
-        holders = self._holders[stage]
+        holders = self.holders[stage]
         return holders[0] if microbatch < self.microbatches // 2 else holders[-1]
 
     @property
@@ -93,13 +93,23 @@ class Schedule:
         """True when some backward is split into I and W."""
         return any(action.kind in "IW" for rank in range(self.ranks) for action in self.actions(rank))
 
+    @cached_property
+    def pairs(self) -> bool:
+        """True when some forward and some backward run as one step."""
+        return any(isinstance(step, Overlapped) for steps in self.steps for step in steps)
+
+    @property
+    def bidirectional(self) -> bool:
+        """True when every stage is on two ranks, one for each direction of travel."""
+        return len(self.holders[0]) == 2
+
     def actions(self, rank: int) -> Iterator[Action]:
         """Yield the rank's actions in order, overlapped pairs unpacked: forward, then backward."""
         for step in self.steps[rank]:
             yield from parts(step)
 
     @cached_property
-    def _holders(self) -> dict[int, tuple[int, ...]]:
+    def holders(self) -> dict[int, tuple[int, ...]]:
         """Stage -> the ranks that hold it, in the order of the position at which they hold it."""
         found: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
         for rank, held in enumerate(self.placement):
@@ -136,113 +146,3 @@ def in_flight(schedule: Schedule) -> tuple[int, ...]:
     1F1B: P - r on rank r. ZB1P: P on every rank. DualPipe: P + 1 on every rank (arXiv 2412.19437, Table 2).
     """
     return tuple(int(in_flight_by_stage(schedule, rank).sum(axis=1).max()) for rank in range(schedule.ranks))
-
-
-def check(schedule: Schedule) -> None:
-    """Verify that a schedule is complete, well ordered and free of deadlock.
-
-    1. Every (stage, microbatch) has exactly one F and one B, or exactly one F, one I and one W, on the right rank.
-    2. On that rank F comes before I or B, and I before W.
-    3. Played one step at a time per rank, all ranks reach their ends: F(s) waits for F(s-1), I or B of s waits for F(s)
-       and for I or B of s+1, W waits for I, an overlapped pair waits for what either part needs.
-
-    Raises:
-        ValueError: a law is broken; the text names the rank and the action.
-    """
-    if not schedule.ranks == len(schedule.steps) == len(schedule.placement):
-        raise ValueError(
-            f"{schedule.name}: {schedule.ranks} ranks, but {len(schedule.steps)} step lists "
-            f"and {len(schedule.placement)} placements"
-        )
-    _check_placement(schedule)
-    seen: set[Action] = set()
-    for rank in range(schedule.ranks):
-        _check_rank(schedule, rank, seen)
-    _check_complete(schedule, seen)
-    _check_progress(schedule)
-
-
-def _check_placement(schedule: Schedule) -> None:
-    """Each stage sits on one rank, or each on two."""
-    copies = {stage: len(schedule._holders.get(stage, ())) for stage in range(schedule.stages)}
-    if len(schedule._holders) != schedule.stages or set(copies.values()) not in ({1}, {2}):
-        raise ValueError(f"{schedule.name}: ranks per stage must be all 1 or all 2, the placement gives {copies}")
-
-
-def _check_rank(schedule: Schedule, rank: int, seen: set[Action]) -> None:
-    """Walk through one rank's list: right rank, no repetition, F before I or B, I before W."""
-
-    def refuse(step: Step, why: str) -> None:
-        raise ValueError(f"{schedule.name}: rank {rank}, {step}: {why}")
-
-    for step in schedule.steps[rank]:
-        if isinstance(step, Overlapped) and (step.forward.kind != "F" or step.backward.kind not in "IB"):
-            refuse(step, "an overlapped pair is a forward (F) with a backward (I or B)")
-        for action in parts(step):
-            stage, kind, microbatch = action
-            if not (0 <= stage < schedule.stages and 0 <= microbatch < schedule.microbatches):
-                refuse(action, f"there are {schedule.stages} stages and {schedule.microbatches} microbatches")
-            home = schedule.rank_of(stage, microbatch)
-            if home != rank:
-                refuse(action, f"stage {stage} of microbatch {microbatch} belongs to rank {home}")
-            if action in seen:
-                refuse(action, "appears twice")
-            if kind in "IB" and (forward := Action(stage, "F", microbatch)) not in seen:
-                refuse(action, f"comes before {forward}")
-            if kind == "W" and (for_input := Action(stage, "I", microbatch)) not in seen:
-                refuse(action, f"comes before {for_input}")
-            seen.add(action)
-
-
-def _check_complete(schedule: Schedule, seen: set[Action]) -> None:
-    """Demand F with B, or F with I and W, for every stage and microbatch."""
-    for stage in range(schedule.stages):
-        for microbatch in range(schedule.microbatches):
-            full = Action(stage, "B", microbatch)
-            forward, for_input, for_weight = (Action(stage, kind, microbatch) for kind in ("F", "I", "W"))
-            where = f"{schedule.name}: rank {schedule.rank_of(stage, microbatch)}"
-            if full in seen and for_input in seen:
-                raise ValueError(f"{where}, {full}: the backward is there twice, {for_input} is part of it")
-            backward = (for_input, for_weight) if for_input in seen else (full,)
-            for action in (forward, *backward):
-                if action not in seen:
-                    raise ValueError(f"{where}, {action}: missing")
-
-
-def _needs(step: Step, last_stage: int) -> Iterator[Action]:
-    """Yield what must have ended before a step can start. The gradient of a stage is written I, split or not."""
-    for stage, kind, microbatch in parts(step):
-        if kind == "F" and stage > 0:
-            yield Action(stage - 1, "F", microbatch)
-        elif kind == "W":
-            yield Action(stage, "I", microbatch)
-        elif kind in "IB":
-            yield Action(stage, "F", microbatch)
-            if stage < last_stage:
-                yield Action(stage + 1, "I", microbatch)
-
-
-def _check_progress(schedule: Schedule) -> None:
-    """Play all ranks until none can move; whoever is not at its end by then never gets there."""
-    last_stage = schedule.stages - 1
-    done: set[Action] = set()
-    position = [0] * schedule.ranks
-    moved = True
-    while moved:
-        moved = False
-        for rank, steps in enumerate(schedule.steps):
-            while position[rank] < len(steps) and done.issuperset(_needs(steps[position[rank]], last_stage)):
-                for action in parts(steps[position[rank]]):
-                    done.add(action._replace(kind="I") if action.kind == "B" else action)
-                position[rank] += 1
-                moved = True
-    if waiting := [rank for rank, steps in enumerate(schedule.steps) if position[rank] < len(steps)]:
-        texts = [_waits_for(schedule, rank, schedule.steps[rank][position[rank]], done) for rank in waiting]
-        raise ValueError(f"{schedule.name}: deadlock: {'; '.join(texts)}")
-
-
-def _waits_for(schedule: Schedule, rank: int, step: Step, done: set[Action]) -> str:
-    need = next(need for need in _needs(step, schedule.stages - 1) if need not in done)
-    if need not in schedule.actions(schedule.rank_of(need.stage, need.microbatch)):
-        need = need._replace(kind="B")
-    return f"rank {rank} waits at {step} for {need}"

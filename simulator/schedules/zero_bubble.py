@@ -1,12 +1,14 @@
 """Zero-bubble schedules: split the backward into I and W, and move W to where the rank would otherwise wait.
 
 Only I is on the way to the previous stage; W has no successor inside the step. ZB1P (the paper's ZB-H1) keeps the peak
-memory of 1F1B and cuts its bubble to (P-1)(F+I-W). ZB-V lays two chunks per rank out in a V, rank r holding stages r
-and 2P-1-r, so that the first and the last stage share rank 0; with F = I = W no rank waits between its first and its
-last action.
+memory of 1F1B and cuts its bubble to (P-1)(F+I-W). ZB-H2 spends up to twice that memory on more forwards in the
+warm-up. ZB-V lays two chunks per rank out in a V, rank r holding stages r and 2P-1-r, so that the first and the last
+stage share rank 0. Under both, with F = I = W no rank waits between its first and its last action; the pipe still takes
+(P-1)F to fill, which a step that ends with a barrier pays.
 
-Sources: Qi et al., Zero Bubble Pipeline Parallelism (arXiv 2401.10241), Table 2 (ZB-H1) and section 6 (ZB-V); orders of
-execution as ``ScheduleInterleavedZeroBubble`` with one stage per rank and ``ScheduleZBVZeroBubble`` of PyTorch.
+Sources: Qi et al., Zero Bubble Pipeline Parallelism (arXiv 2401.10241), Table 2 (ZB-H1, ZB-H2) and section 6 (ZB-V);
+orders of execution of ZB1P and ZB-V as ``ScheduleInterleavedZeroBubble`` with one stage per rank and
+``ScheduleZBVZeroBubble`` of PyTorch. ZB-H2 is written here by a rule of its own; nobody else publishes its lists.
 """
 
 from __future__ import annotations
@@ -48,6 +50,49 @@ def _zb1p_steps(rank: int, ranks: int, microbatches: int) -> tuple[Action, ...]:
         if microbatch >= rank:
             steps.append(Action(rank, "W", microbatch - rank))
     steps += [Action(rank, "W", microbatch) for microbatch in range(max(0, microbatches - rank), microbatches)]
+    return tuple(steps)
+
+
+def zbh2(ranks: int, microbatches: int) -> Schedule:
+    """Return the ZB-H2 schedule: warm up with forwards until the first gradient is back, and save W for the end.
+
+    The first gradient reaches rank r after 2(P-r)-1 passes, so that many forwards fill the wait. Then I, W and the next
+    forward take turns. Near the end rank 0 has no forwards left and takes a gradient every two passes; for the last
+    2P-1 microbatches the others keep up with it by putting W off while they still have forwards, and these W fill
+    their own ends.
+
+    Peak activations: min(2P-1, M) on every rank. For W <= F, W <= I and M >= 2P-1 rank r idles (P-1-r)(F+I-2W) between
+    its first and its last action, 0 if F = I = W; the bubble of the makespan is (P-1) max(F, F+I-2W).
+
+    Raises:
+        InvalidInput: fewer than 1 rank or 1 microbatch.
+
+    >>> [" ".join(map(str, steps)) for steps in zbh2(2, 4).steps]
+    ['0F0 0F1 0F2 0I0 0W0 0F3 0I1 0W1 0I2 0W2 0I3 0W3', '1F0 1I0 1W0 1F1 1I1 1F2 1I2 1F3 1I3 1W1 1W2 1W3']
+    """
+    require_sizes("zbh2", ranks, microbatches)
+    return Schedule(
+        name="zbh2",
+        ranks=ranks,
+        stages=ranks,
+        microbatches=microbatches,
+        steps=tuple(_zbh2_steps(rank, ranks, microbatches) for rank in range(ranks)),
+        placement=tuple((rank,) for rank in range(ranks)),
+    )
+
+
+def _zbh2_steps(rank: int, ranks: int, microbatches: int) -> tuple[Action, ...]:
+    lead = min(2 * (ranks - rank) - 1, microbatches)
+    lane = Lane(rank, range(microbatches))
+    steps = [lane.take("F") for _ in range(lead)]
+    for microbatch in range(microbatches):
+        more, hurry = microbatch + lead < microbatches, microbatch > microbatches - 2 * ranks
+        steps.append(lane.take("I"))
+        if not (more and hurry):
+            steps.append(lane.take("W"))
+        if more:
+            steps.append(lane.take("F"))
+    steps += [lane.take("W") for _ in range(3 * microbatches - len(steps))]
     return tuple(steps)
 
 

@@ -223,7 +223,10 @@ class HardwareProfile(Contract):
         "Achieved rates.", example={"gemm": {}, "grouped_gemm": {}, "attention": {}, "memory": _MEMORY}
     )
     jitter: Sourced[NonNegative] | None = _leaf(
-        "Relative spread of kernel times between ranks (for the record: not simulated yet).", 0.01, default=None
+        "Relative standard deviation of kernel times between ranks; in a scenario write `overrides: {jitter: {value: "
+        "0.01, source: <key of sources>, kind: assumed}}`.",
+        0.01,
+        default=None,
     )
     stacks: dict[str, Stack] = described(
         "Software stacks; the first is the default.", example={"megatron-core": _STACK}, min_length=1

@@ -11,8 +11,9 @@ from collections.abc import Collection, Iterator, Mapping
 
 from simulator import errors
 from simulator.errors import Problem
+from simulator.spec import faults
 from simulator.spec.hardware import HardwareProfile
-from simulator.spec.parallelism import Parallelism
+from simulator.spec.parallelism import Parallelism, ScheduleFile
 from simulator.spec.scenario import Scenario
 from simulator.spec.training import BatchRamp
 
@@ -30,6 +31,7 @@ def broken(scenario: Scenario) -> Iterator[Problem]:
     yield from _routing(scenario)
     yield from _hot_experts(scenario)
     yield from _cluster(scenario)
+    yield from faults.broken(scenario.cluster)
 
 
 def _model(scenario: Scenario) -> Iterator[Problem]:
@@ -182,7 +184,8 @@ def _stages(scenario: Scenario) -> Iterator[Problem]:
     stages = split.pipeline * split.virtual_stages
     if stages > depth + 2:
         yield Problem("parallelism.pipeline", f"{stages} stages, but the model has only {depth} layers")
-    if split.virtual_stages > 1 and split.schedule not in ("interleaved", "zbv", "dualpipev"):
+    named = split.schedule if isinstance(split.schedule, str) else None
+    if split.virtual_stages > 1 and named and named not in ("interleaved", "zbv", "dualpipev"):
         yield Problem(
             "parallelism.virtual_stages", f"schedule {split.schedule} has one stage per rank; use interleaved"
         )
@@ -230,6 +233,11 @@ def _batch(scenario: Scenario) -> Iterator[Problem]:
             )
             continue
         yield from _schedule_domain(split, sequences // unit, path, unit)
+    if isinstance(batch, BatchRamp) and isinstance(split.schedule, ScheduleFile):
+        yield Problem(
+            "parallelism.schedule.file",
+            "a schedule file holds one number of microbatches, but the batch grows; use a named schedule",
+        )
     if isinstance(batch, BatchRamp) and batch.from_ > batch.to:
         yield Problem("training.global_batch_sequences.from", f"the ramp falls from {batch.from_} to {batch.to}")
     if isinstance(batch, BatchRamp) and batch.until_tokens > training.tokens:

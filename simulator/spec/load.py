@@ -185,17 +185,18 @@ def _expand(document: Document, base: Path | None, names: dict[str, str]) -> Non
     if isinstance(training, dict) and isinstance(training.get("precision"), str):
         name = training["precision"]
         training["precision"] = dict(PRECISIONS[name]) if name in PRECISIONS else name
-    _find_recording(document, base)
+    _find_files(document, base)
 
 
-def _find_recording(document: Document, base: Path | None) -> None:
-    """Write the path of a recorded load in full where the file lies beside the scenario that names it."""
-    routing = document.tree.get("routing")
-    load = routing.get("load") if isinstance(routing, dict) else None
-    if base is not None and isinstance(load, dict) and isinstance(load.get("file"), str):
-        beside = base / load["file"]
-        if library.exists(beside):
-            load["file"] = str(beside.resolve())
+def _find_files(document: Document, base: Path | None) -> None:
+    """Write the path of a recorded load or of a schedule in full where it lies beside the scenario that names it."""
+    for section, key in (("routing", "load"), ("parallelism", "schedule")):
+        inside = document.tree.get(section)
+        named = inside.get(key) if isinstance(inside, dict) else None
+        if base is not None and isinstance(named, dict) and isinstance(named.get("file"), str):
+            beside = base / named["file"]
+            if library.exists(beside):
+                named["file"] = str(beside.resolve())
 
 
 def _expand_model_preset(document: Document, model: dict[str, Any], base: Path | None) -> None:

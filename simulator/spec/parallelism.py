@@ -30,7 +30,11 @@ ZeroStage = Annotated[Literal[0, 1, 2, 3], BeforeValidator(_no_boolean)]
 class ScheduleFile(Contract):
     """A custom pipeline schedule."""
 
-    file: str = described("CSV file in PyTorch's format: one row per rank, actions such as 0F3.", example="actions.csv")
+    file: str = described(
+        "CSV in PyTorch's format: one row per rank, actions such as 0F3, 4I0, 4W0, 3B0 or (4F4;3B0)OVERLAP_F_B. "
+        "Relative to the scenario file.",
+        example="actions.csv",
+    )
 
 
 class FullySharded(Contract):

@@ -7,23 +7,14 @@ from typing import Any, Literal
 
 from pydantic import PrivateAttr
 
-from simulator.spec.fields import Contract, Fraction, Positive, UsdPerHour, Whole, WholeOrZero, described
+from simulator.spec.faults import Fault
+from simulator.spec.fields import Contract, UsdPerHour, Whole, described
 from simulator.spec.hardware import HardwareProfile
 from simulator.spec.library import available
 from simulator.spec.model import Model
 from simulator.spec.parallelism import Parallelism
 from simulator.spec.routing import Routing
 from simulator.spec.training import Training
-
-
-class Fault(Contract):
-    """A rank that computes slowly, or a node with a slow link."""
-
-    rank: WholeOrZero | None = described("Rank with the fault.", example=17, default=None)
-    node: WholeOrZero | None = described("Node with the fault.", example=3, default=None)
-    compute: Positive | None = described("Remaining share of the compute rate.", example=0.8, default=None)
-    tier: str | None = described("Tier with the fault.", example="infiniband", default=None)
-    bandwidth: Fraction | None = described("Remaining share of its bandwidth.", example=0.5, default=None)
 
 
 class Cluster(Contract):
@@ -37,9 +28,7 @@ class Cluster(Contract):
     overrides: dict[str, Any] = described(
         "Changes to the profile by dotted path.", example={"tiers.infiniband.bandwidth": "100 GB/s"}, default=dict
     )
-    faults: tuple[Fault, ...] = described(
-        "Slow ranks and links; not simulated yet, must be empty.", example=[], default=()
-    )
+    faults: tuple[Fault, ...] = described("Slow ranks and links.", example=[{"rank": 17, "compute": 0.8}], default=())
 
     @property
     def ranks(self) -> int:

@@ -28,7 +28,8 @@ class Compute:
 
     ``which``: forward, input gradient or weight gradient of ``items``; ``repeats`` are forward ops computed again
     first. ``layer`` is the MoE layer whose load sets the rows of routed experts, None without experts.
-    ``overlapped``: communication holds some multiprocessors meanwhile.
+    ``overlapped``: communication holds some multiprocessors from beginning to end; ``beside``: these exchanges hold
+    them, for as long as they last. ``parts``: the op is one of so many equal pieces, each of ``rows / parts``.
     """
 
     which: Pass
@@ -36,27 +37,37 @@ class Compute:
     repeats: tuple[Item, ...]
     layer: int | None
     overlapped: bool
+    parts: int = 1
+    beside: tuple[Exchange, ...] = ()
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """One all-to-all of an expert group: dispatch-shaped (tokens out) or combine-shaped (results back)."""
+    """One all-to-all of an expert group: dispatch-shaped (tokens out) or combine-shaped (results back).
+
+    ``parts``: it carries one of so many equal pieces of the rows, at the latency of a whole one.
+    """
 
     shape: Literal["dispatch", "combine"]
     op: Collective
     stack: str
     layer: int
     overlapped: bool
+    parts: int = 1
 
 
 @dataclass(frozen=True)
 class Region:
-    """A collective inside a layer over the tensor, expert_tensor or context group."""
+    """A collective inside a layer over the tensor, expert_tensor or context group.
+
+    ``parts``: one of so many equal pieces; of a ring over as many ranks, one step to the neighbour.
+    """
 
     op: Collective
     backward: bool
     stack: str
     layer: int | None = None  # MoE layer of a collective over received rows
+    parts: int = 1
 
 
 @dataclass(frozen=True)

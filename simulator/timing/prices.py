@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from functools import singledispatchmethod
 
 import numpy as np
-import numpy.typing as npt
 
 from simulator.layout import Layout
 from simulator.routing import ExpertLoad, tokens_per_rank
@@ -30,37 +29,10 @@ from simulator.timing.kernels import (
     memory_seconds,
     padded_rows,
 )
+from simulator.timing.table import Prices
 from simulator.workload.ops import AttentionCore, Embedding, Gemm, GroupedGemm, MemoryOp
 
 RECOMPUTE, STACK = "recompute", "stack"
-
-
-@dataclass(frozen=True)
-class Prices:
-    """Prices of a list of classes.
-
-    ``row[c]`` and ``rows[c]``: first row and number of rows of class c. ``seconds`` [rows, lanes]; ``latency`` [rows];
-    ``flow_seconds`` and ``flow_demand`` [rows, tiers]; ``share`` [classes, families]: how a compute class divides
-    among families.
-    """
-
-    row: npt.NDArray[np.int64]
-    rows: npt.NDArray[np.int64]
-    seconds: FloatArray
-    latency: FloatArray
-    flow_seconds: FloatArray
-    flow_demand: FloatArray
-    share: FloatArray
-    families: tuple[str, ...]
-
-    @property
-    def lanes(self) -> int:
-        """Ranks of an expert group that are told apart."""
-        return int(self.seconds.shape[1])
-
-    def slowest(self) -> Prices:
-        """One rank per group: every op takes as long as in its slowest lane, an upper bound on the step."""
-        return replace(self, seconds=self.seconds.max(axis=1, keepdims=True))
 
 
 @dataclass
@@ -70,7 +42,7 @@ class Pricer:
     scenario: Scenario
     layout: Layout
     load: ExpertLoad | None
-    _rows: dict[int, tuple[FloatArray, FloatArray, FloatArray]] = field(default_factory=dict)
+    _rows: dict[tuple[int, int], tuple[FloatArray, FloatArray, FloatArray]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Resolve what every price needs."""
@@ -128,40 +100,50 @@ class Pricer:
         return np.zeros((1, 1)), {}
 
     def _compute(self, each: Compute) -> tuple[FloatArray, dict[str, float]]:
+        if each.beside:
+            return self._beside(each)
         device = self.beside if each.overlapped else self.whole
         parts: dict[str, FloatArray] = {}
         for item in each.repeats:
-            self._add(parts, RECOMPUTE, self._item(item, "F", device, each.layer))
+            self._add(parts, RECOMPUTE, self._item(item, "F", device, each.layer, each.parts))
         for item in each.items:
-            self._add(parts, item.family, self._item(item, each.which, device, each.layer))
+            self._add(parts, item.family, self._item(item, each.which, device, each.layer, each.parts))
         total = sum(parts.values(), np.zeros((1, 1)))
         parts[STACK] = total * self.gap
         total = total * (1.0 + self.gap)
         mean = float(total.mean())
         return total, {name: float(value.mean()) / mean for name, value in parts.items() if mean and value.any()}
 
+    def _beside(self, each: Compute) -> tuple[FloatArray, dict[str, float]]:
+        """Kernels that are slower for as long as the exchanges beside them last."""
+        free, shares = self._compute(replace(each, beside=()))
+        held, _ = self._compute(replace(each, beside=(), overlapped=True))
+        lasts = sum(float(np.mean([moved.seconds for moved in exchange(self, other)])) for other in each.beside)
+        slower = free + lasts * (1.0 - free / np.maximum(held, 1e-30))
+        return np.minimum(held, slower), shares
+
     @staticmethod
     def _add(parts: dict[str, FloatArray], family: str, seconds: FloatArray) -> None:
         parts[family] = parts[family] + seconds if family in parts else seconds
 
-    def _item(self, item: Item, which: Pass, device: Device, layer: int | None) -> FloatArray:
-        """Seconds of one op in one pass [rows, lanes]."""
+    def _item(self, item: Item, which: Pass, device: Device, layer: int | None, parts: int = 1) -> FloatArray:
+        """Seconds of one op, or of one of its ``parts``, in one pass [rows, lanes]."""
         op = item.op
-        tokens = self._tokens(item.stack)
+        tokens = self._tokens(item.stack) / parts
         if isinstance(op, Gemm):
             return _scalar(self._gemm(op, which, device, tokens))
         if isinstance(op, GroupedGemm):
-            return self._grouped(op, which, device, layer)
+            return self._grouped(op, which, device, layer, parts)
         if which == "W":
             return np.zeros((1, 1))
         if isinstance(op, AttentionCore):
             flop = op.flop_per_token() * tokens / self.tensor
-            seconds = attention_seconds(device, op.kind, flop, max(op.context_full, 1.0), which)
+            seconds = attention_seconds(device, op.kind, flop, max(op.context_full / parts, 1.0), which)
             return _scalar(seconds * self._attention_slowdown)
         if isinstance(op, Embedding):
             return _scalar(memory_seconds(device, 2.0 * op.width * ELEMENT_BYTES[self.precision.residual] * tokens))
         if isinstance(op, MemoryOp) and op.elements:
-            return self._memory(op, which, device, tokens, layer)
+            return self._memory(op, which, device, tokens, layer, parts)
         return np.zeros((1, 1))
 
     def _gemm(self, op: Gemm, which: Pass, device: Device, tokens: float) -> float:
@@ -175,8 +157,8 @@ class Pricer:
             rows /= self.sequence
         return float(gemm_seconds(device, form, which, rows, n, k))
 
-    def _grouped(self, op: GroupedGemm, which: Pass, device: Device, layer: int | None) -> FloatArray:
-        rows, padded, active = self._received(layer)
+    def _grouped(self, op: GroupedGemm, which: Pass, device: Device, layer: int | None, parts: int = 1) -> FloatArray:
+        rows, padded, active = self._received(layer, parts)
         shards = self.scenario.parallelism.expert_tensor
         n, k = float(op.n), float(op.k)
         if op.split == "column":
@@ -186,11 +168,13 @@ class Pricer:
         form = str(getattr(self.precision, op.role))
         return grouped_gemm_seconds(device, form, which, rows=rows, padded=padded, active=active, n=n, k=k)
 
-    def _memory(self, op: MemoryOp, which: Pass, device: Device, tokens: float, layer: int | None) -> FloatArray:
+    def _memory(
+        self, op: MemoryOp, which: Pass, device: Device, tokens: float, layer: int | None, parts: int = 1
+    ) -> FloatArray:
         size = ELEMENT_BYTES[str(getattr(self.precision, op.role))]
         traffic = op.elements * size * (1.5 if which == "I" and op.kind == "elementwise" else 1.0)
         if op.rows == "received":
-            rows, _, _ = self._received(layer)
+            rows, _, _ = self._received(layer, parts)
             return np.asarray(memory_seconds(device, traffic * rows / self.scenario.parallelism.expert_tensor))
         shard = {"tensor": self.tensor, "sequence": self.sequence, "none": 1}[op.shard]
         return _scalar(memory_seconds(device, traffic * tokens / shard, permute=op.kind == "permute"))
@@ -200,21 +184,21 @@ class Pricer:
         training = self.scenario.training
         return training.micro_batch_sequences * training.length(stack) / self.scenario.parallelism.context
 
-    def _received(self, layer: int | None) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """Rows, rows padded to tiles, and active experts of each rank [microbatches, lanes]."""
+    def _received(self, layer: int | None, parts: int = 1) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Rows, rows padded to tiles, and active experts of each rank [microbatches, lanes]; of one part of them."""
         assert self.by_rank is not None  # only MoE layers have experts
         assert layer is not None
-        if layer not in self._rows:
+        if (layer, parts) not in self._rows:
             counts = self.by_rank[:, layer]
             curves = self.profile.kernels.grouped_gemm
             curve = curves.get(self.precision.gemm) or curves["bf16"]  # type: ignore[arg-type]
-            rows = counts.sum(-1).astype(np.float64)
-            self._rows[layer] = (
+            rows = counts.sum(-1).astype(np.float64) / parts
+            self._rows[layer, parts] = (
                 rows,
-                padded_rows(counts, curve.tile_rows.value),
+                padded_rows(-(-counts // parts), curve.tile_rows.value),
                 (counts > 0).sum(-1).astype(np.float64),
             )
-        return self._rows[layer]
+        return self._rows[layer, parts]
 
     # --- communication ------------------------------------------------------------------------------------------------
 
@@ -234,8 +218,11 @@ class Pricer:
             return [collectives.FREE]
         role = "residual" if each.backward else each.op.role  # gradients travel in the residual's format
         size = each.op.elements * ELEMENT_BYTES[str(getattr(self.precision, role))] * self._region_tokens(each)
+        size /= 1 if each.op.kind == "ring" else each.parts
         if each.op.kind == "ring":  # keys and values of the other ranks' tokens; their gradients on the way back
             moved = size * span.size * (2.0 if each.backward else 1.0) / self.tensor
+            if each.parts > 1:
+                return [transfer(self.profile, span, "point_to_point", moved / each.parts)]
             return [transfer(self.profile, span, "all_gather", moved)]
         entering = (each.op.kind == "enter") != each.backward
         if self.sequence > 1 or each.op.group == "expert_tensor":
@@ -280,7 +267,7 @@ def exchange(pricer: Pricer, each: Exchange) -> list[Transfer]:
     assert pricer.by_rank is not None
     if span.size <= 1:
         return [collectives.FREE]
-    size = each.op.elements * ELEMENT_BYTES[str(getattr(pricer.precision, each.shape))]
+    size = each.op.elements * ELEMENT_BYTES[str(getattr(pricer.precision, each.shape))] / each.parts
     tokens = tokens_per_rank(scenario, each.stack)
     rows = pricer.by_rank[:, each.layer].sum(-1).astype(np.float64)  # [microbatches, ranks]
     volume = rows.sum(-1) / (float(load.tokens[each.layer]) * load.top_k)

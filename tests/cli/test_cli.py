@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from simulator.spec import available
+from simulator.spec import available, load_profile
+from validation.checks import at_most
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -111,11 +112,22 @@ def test_a_bad_input_gets_one_message_and_exit_2(moesim: Run, bad_input: Any, tm
 
 
 def test_what_is_not_simulated_is_refused(moesim: Run, small: str) -> None:
-    code, _, errors = moesim("estimate", small, "--set", "parallelism.schedule=zbh2")
-    assert code == 2
-    assert "zbh2" in errors
-    code, _, errors = moesim("estimate", small, "--set", "cluster.faults=[{rank: 1, compute: 0.5}]")
-    assert (code, errors) == (2, "cluster.faults: slow ranks and links are not simulated yet; leave the list empty\n")
+    code, _, errors = moesim("estimate", small, "--set", "training.offload=[optimizer]")
+    assert (code, errors) == (2, "training.offload: host offload is not simulated yet; leave the list empty\n")
+
+
+def test_faults_and_jitter_cost_time_and_are_said(moesim: Run, small: str) -> None:
+    plain = json.loads(moesim("estimate", small, "--json")[1])
+    source = next(iter(load_profile(plain["profile"]).sources))
+    for change, said in (
+        ("cluster.faults=[{rank: 1, compute: 0.5}]", "1 fault lasts the whole training"),
+        (f"cluster.overrides.jitter={{value: 0.05, source: {source}, kind: assumed}}", "kernel times vary by 0.05"),
+    ):
+        code, output, _ = moesim("estimate", small, "--json", "--set", change)
+        answer = json.loads(output)
+        assert code == 0
+        assert answer["step_time_s"] > plain["step_time_s"]
+        assert any(said in line for line in answer["assumptions"])
 
 
 def test_a_broken_assignment_says_how_to_write_one(moesim: Run, small: str) -> None:
@@ -131,6 +143,41 @@ def test_step_writes_a_trace(moesim: Run, small: str, tmp_path: Path) -> None:
     values = json.loads(output)
     assert sum(values["step_breakdown_s"].values()) == pytest.approx(values["step_time_s"])
     assert json.loads(path.read_text())["traceEvents"]
+
+
+def test_step_opens_the_step_by_critical_path_action_and_rank(moesim: Run, small: str) -> None:
+    two = ("--set", "parallelism={pipeline: 2, expert: 4}")
+    code, output, _ = moesim("step", small, "--json", *two)
+    values = json.loads(output)
+    assert code == 0
+    path = values["critical_path"]
+    for terms in (path["terms"], values["step_by_action_s"]):
+        assert sum(terms.values()) == pytest.approx(values["step_time_s"])
+    assert sum(path["seconds_by_rank"]) == pytest.approx(values["step_time_s"])
+    assert path["ranks"] == [0, 1]
+    assert 0 < path["ops"] < values["ops"]
+    makespan, span = values["bubble_makespan_s"], values["bubble_span_s"]
+    assert len(makespan) == len(span) == len(values["memory_peak_bytes_by_rank"]) == 2
+    assert sum(makespan) / 2 == pytest.approx(values["step_breakdown_s"]["bubble"])
+    assert all(own <= whole + 1e-12 for own, whole in zip(span, makespan, strict=True))
+    assert max(values["memory_peak_bytes_by_rank"]) == pytest.approx(values["memory_peak_bytes"])
+    code, table, _ = moesim("step", small, *two)
+    assert code == 0
+    for word in ("critical path", "1F", "1B", "1W", "bubble in own span", "peak memory", "forward alone"):
+        assert word in table
+
+
+def test_step_writes_a_protobuf_trace_or_says_what_is_missing(
+    moesim: Run, small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("perfetto")
+    path = tmp_path / "step.pftrace"
+    assert moesim("step", small, "--json", "--trace", str(path))[0] == 0
+    assert path.stat().st_size > 1000
+    monkeypatch.setattr("simulator.report.protobuf.find_spec", lambda name: None)
+    code, output, errors = moesim("step", small, "--trace", str(path))
+    assert (code, output) == (2, "")
+    assert errors.startswith("--trace: a .pftrace file needs the package perfetto: pip install 'moesim[trace]'")
 
 
 def test_step_shows_the_load_over_training_steps(moesim: Run, small: str, tmp_path: Path) -> None:
@@ -308,6 +355,21 @@ def test_validate_holds_predictions_against_published_runs(moesim: Run) -> None:
     assert code == 0
     assert {check["group"] for check in result["checks"]} == {"runs"}
     assert result["summary"]["runs"]["deepseek-v3-h800"]["checks"] == len(result["checks"])
+
+
+def test_validate_events_prints_what_its_rooms_find(moesim: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [at_most("directions", "a against b", 2.0, reached, "s", "here") for reached in (1.0, 3.0)]
+    monkeypatch.setattr("validation.events.judge", lambda: found)
+    code, output, _ = moesim("validate", "--events", "--json")
+    result = json.loads(output)
+    assert code == 1  # one of them is missed
+    assert result["checks"] == found
+    assert result["summary"]["events"]["directions"] == {
+        "checks": 2,
+        "ok": 1,
+        "missed": ["a against b"],
+        "for_the_record": 0,
+    }
 
 
 def test_check_finds_what_is_wrong_in_variants_and_sweeps(moesim: Run, small: str) -> None:

@@ -1,7 +1,8 @@
-"""Record the pipeline tables of PyTorch, and of DeepSeek's DualPipe, into ``torch_schedules.json``.
+"""Record the pipeline tables of PyTorch, and of DeepSeek's DualPipe, into ``validation/events/tables``.
 
 Not a test and not needed by one: the recorded tables are committed, and ``test_torch_schedules.py`` compares with them.
-Run this again, in an environment that has torch, only to move to another release::
+Some are kept whole (``torch_schedules.json``); those of every number of ranks from 2 to 16 as digests, one line each
+(``torch_digests.csv``). Run this again, in an environment that has torch, only to move to another release::
 
     python -m venv /tmp/torchenv && /tmp/torchenv/bin/pip install torch==2.13.0 numpy
     /tmp/torchenv/bin/python tests/differential/record_torch_schedules.py --dualpipe .../DualPipe/dualpipe/dualpipe.py
@@ -22,6 +23,7 @@ committed tables come from a transcription of the ordering methods (``step``, ``
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import logging
@@ -33,7 +35,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-FIXTURE = Path(__file__).with_name("torch_schedules.json")
+TABLES = Path(__file__).parents[2] / "validation" / "events" / "tables"
+FIXTURE, DIGESTS = TABLES / "torch_schedules.json", TABLES / "torch_digests.csv"
 DUALPIPE_COMMIT = "bb214e82b5933d4cf4249eb76c27076428061c7c"
 
 # name -> (ranks, microbatches, virtual stages)
@@ -49,6 +52,25 @@ CASES: dict[str, list[tuple[int, int, int]]] = {
     "dualpipev": [(2, 4, 2), (2, 7, 2), (4, 8, 2), (4, 13, 2), (8, 16, 2), (8, 20, 2), (16, 32, 2)],
 }
 DUALPIPE_CASES = [(2, 4), (2, 6), (4, 8), (4, 16), (8, 16), (8, 20), (16, 32), (16, 120)]
+
+
+def wide_cases() -> dict[str, list[tuple[int, int, int]]]:
+    """Every number of ranks from 2 to 16 with a few numbers of microbatches that the original accepts."""
+    cases: dict[str, list[tuple[int, int, int]]] = {}
+    for name in ("gpipe", "1f1b", "zb1p"):
+        odd = 0 if name == "zb1p" else 1  # PyTorch wants M a multiple of M // P there
+        cases[name] = [(p, m, 1) for p in range(2, 17) for m in (p, p + 1, 2 * p, 3 * p + odd, 4 * p)]
+    cases["interleaved"] = [(p, k * p, v) for p in range(2, 17) for v in (2, 3, 4) for k in (1, 2, 3)]
+    cases["zbv"] = [(p, m, 2) for p in range(2, 17) for m in (p, 2 * p - 1, 2 * p, 3 * p + 1, 4 * p)]
+    cases["dualpipev"] = [(p, m, 2) for p in range(2, 17) for m in (2 * p, 2 * p + 1, 3 * p + 1, 4 * p)]
+    cases["dualpipe"] = [(p, m, 1) for p in range(2, 17, 2) for m in (2 * p, 2 * p + 2, 3 * p, 4 * p)]
+    return cases
+
+
+def digest(table: list[list[str]]) -> str:
+    """Return 16 hexadecimal digits for the actions of all ranks, one line per rank."""
+    text = "\n".join(" ".join(actions) for actions in table)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def torch_table(name: str, ranks: int, microbatches: int, virtual_stages: int) -> list[list[str]]:
@@ -186,6 +208,13 @@ def main() -> None:
         "cases": cases,
     }
     FIXTURE.write_text(json.dumps(fixture, indent=1) + "\n", encoding="utf-8")
+    lines = ["name,ranks,microbatches,virtual_stages,digest"]
+    for name, all_sizes in wide_cases().items():
+        for sizes in all_sizes:
+            table = dualpipe_table(dualpipe, *sizes[:2]) if name == "dualpipe" else torch_table(name, *sizes)
+            lines.append(",".join(map(str, (name, *sizes, digest(table)))))
+    DIGESTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{DIGESTS}: {len(lines) - 1} digests, {DIGESTS.stat().st_size} bytes")
     print(f"{FIXTURE}: {len(cases)} tables, {FIXTURE.stat().st_size} bytes")
 
 

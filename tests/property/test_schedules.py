@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulator import schedules
+from simulator import errors, schedules
 from simulator.schedules import Kind, Schedule
+from validation.events.replay import Times, replay
 
 KINDS: tuple[Kind, ...] = ("F", "I", "W", "B")
 
@@ -41,6 +44,7 @@ def expected_peaks(schedule: Schedule) -> tuple[int, ...]:
             "1f1b": min(p - rank, m),
             "interleaved": min(v * m, 2 * (p - 1 - rank) + (v - 1) * p + 1),
             "zb1p": min(p, m),
+            "zbh2": min(2 * p - 1, m),
             "zbv": min(2 * p, 2 * m, m + 1 + rank),
             "dualpipe": p + 1,
             "dualpipev": 2 * p + 1,
@@ -110,3 +114,54 @@ def test_a_schedule_without_one_of_its_steps_is_refused(schedule: Schedule, data
     stated = str(caught.value).split(": ")[1].split(", ")[1]
     lost = schedules.parts(schedule.steps[rank][gap])
     assert stated in {str(action._replace(kind=kind)) for action in lost for kind in KINDS}
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 8), st.integers(0, 12), st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(1, 9)))
+def test_zbh2_idles_as_its_paper_says_where_w_is_the_shortest(
+    ranks: int, more: int, times: tuple[int, int, int]
+) -> None:
+    """(P-1-r)(F+I-2W) inside a rank's own span, from M = 2P-1 on."""
+    w = times[2]
+    f, i = w + times[0], w + times[1]
+    found = replay(schedules.build("zbh2", ranks, 2 * ranks - 1 + more), Times(f, i, w))
+
+    assert found.span_bubble == pytest.approx([(ranks - 1 - rank) * (f + i - 2 * w) for rank in range(ranks)])
+    assert max(found.makespan_bubble) == pytest.approx((ranks - 1) * max(f, f + i - 2 * w))
+
+
+def written(schedule: Schedule, folder: str) -> Path:
+    """Write the schedule as PyTorch writes its own, with a few cells that are skipped."""
+    file = Path(folder) / "actions.csv"
+    rows = [
+        ["", *map(str, steps), f"{schedule.placement[rank][0]}REDUCE_GRAD"] for rank, steps in enumerate(schedule.steps)
+    ]
+    file.write_text("".join(",".join(row) + "\r\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def of_file(schedule: Schedule) -> Schedule:
+    with tempfile.TemporaryDirectory() as folder:
+        chunks = schedule.stages // schedule.ranks
+        return schedules.read(written(schedule, folder), schedule.ranks, schedule.microbatches, chunks)
+
+
+@settings(deadline=None, max_examples=100)
+@given(built())
+def test_a_schedule_that_is_written_to_a_file_is_read_back(schedule: Schedule) -> None:
+    assert replace(of_file(schedule), name=schedule.name) == schedule
+
+
+@settings(deadline=None, max_examples=60)
+@given(built(), st.data())
+def test_a_file_without_one_of_its_steps_is_refused_with_its_line(schedule: Schedule, data: st.DataObject) -> None:
+    rank = data.draw(st.integers(0, schedule.ranks - 1))
+    gap = data.draw(st.integers(0, len(schedule.steps[rank]) - 1))
+    rest = schedule.steps[rank][:gap] + schedule.steps[rank][gap + 1 :]
+    broken = replace(schedule, steps=(*schedule.steps[:rank], rest, *schedule.steps[rank + 1 :]))
+
+    with pytest.raises(errors.InvalidInput) as caught:
+        of_file(broken)
+
+    assert "actions.csv" in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -275,7 +275,7 @@ def test_overlap_auto_hides_the_exchange_only_where_forward_and_backward_are_pai
     assert placed(**{"parallelism.overlap": []}).overlap == set()
 
 
-@pytest.mark.parametrize("wish", ["tensor", "context", "expert_all_to_all", {"expert_chunks": 2}])
+@pytest.mark.parametrize("wish", ["context", "expert_all_to_all"])
 def test_an_overlap_that_would_have_no_effect_is_refused(wish: Any) -> None:
     with pytest.raises(NotSimulated, match=r"parallelism\.overlap"):
         placed(**{"parallelism.overlap": [wish]})

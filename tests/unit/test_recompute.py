@@ -59,7 +59,8 @@ def test_full_recomputation_repeats_the_collectives_that_a_layer_needs() -> None
 def test_shared_experts_under_the_exchange_are_computed_again_too(recompute: object) -> None:
     changes = {"training.recompute": recompute}
     beside = {**changes, "parallelism.overlap": ["shared_experts", "gradient_reduce", "parameter_gather", "pipeline"]}
-    assert breakdown(beside)["recompute"] == pytest.approx(breakdown(changes)["recompute"], rel=1e-6)
+    ratio = breakdown(beside)["recompute"] / breakdown(changes)["recompute"]
+    assert 1.0 < ratio < 132 / 112  # at most as much slower as the multiprocessors that the exchange holds
 
 
 def test_full_layers_count_like_full() -> None:

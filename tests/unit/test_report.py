@@ -15,15 +15,17 @@ import plotly.graph_objects as go
 import pytest
 from plotly.offline import get_plotlyjs
 
-from simulator import estimate, load_scenario
+from simulator import InvalidInput, estimate, load_scenario
 from simulator.campaign import TrainingEstimate
+from simulator.events import critical_path
 from simulator.program import COMPUTE, EXPERT
-from simulator.report import figures
+from simulator.report import figures, protobuf
 from simulator.report.balancing import over_steps_figure
 from simulator.report.families import families, row_labels, shared_axes, shown
 from simulator.report.gantt import COMBINE, DISPATCH, KINDS, occupancy, steady_window
 from simulator.report.glossary import explained
 from simulator.report.html import page, write_html
+from simulator.report.over_time import memory_over_time_figure
 from simulator.report.page import save
 from simulator.report.study_pages import write_over_steps, write_sweep
 from simulator.report.style import GIB, short
@@ -104,22 +106,117 @@ def test_ops_are_named_as_torch_names_actions(mixtral: TrainingEstimate) -> None
     program = mixtral.step.program
     names = op_names(program)
     forms = {re.sub(r"\d+", "0", name) for name in names}
-    assert {"0F0 dense", "0F0 dispatch", "0I0 experts", "0W0 dense", "0B0 combine", "0F0 send", "optimizer"} <= forms
+    assert {"0F0 dense", "0F0 dispatch", "0I0 experts", "0W0 dense", "0B0 combine", "optimizer"} <= forms
+    assert {"0SEND_F0", "0SEND_B0"} <= forms
     assert "reduce expert, stage 0" in forms
     assert op_names(program, np.array([5, 7])) == [names[5], names[7]]
     slices = [event for event in chrome_trace(mixtral.step.timeline)["traceEvents"] if event["ph"] == "X"]
     dispatch = next(event for event in slices if event["name"] == "1F5 dispatch")
     assert (dispatch["pid"], dispatch["tid"], dispatch["cat"]) == (1, EXPERT, "expert")
-    assert dispatch["args"] == {"microbatch": 5, "stage": 1, "class": "dispatch all-to-all, MoE layer 16"}
+    about = dispatch["args"]
+    assert {key: about[key] for key in ("microbatch", "stage", "class")} == {
+        "microbatch": 5,
+        "stage": 1,
+        "class": "dispatch all-to-all, MoE layer 16",
+    }
+    assert about["critical"] == (about["slack_us"] < 1e-3)
 
 
-def test_the_written_trace_parses_plain_and_compressed(mixtral: TrainingEstimate, tmp_path: Path) -> None:
-    timeline = mixtral.step.timeline
-    write_trace(timeline, tmp_path / "step.json")
-    write_trace(timeline, tmp_path / "step.json.gz")
+def _whole(result: TrainingEstimate) -> dict[str, Any]:
+    return {"schedule": result.step.schedule, "memory": result.step.memory_curves}
+
+
+def test_the_written_trace_parses_and_no_two_slices_of_a_track_overlap(
+    result: TrainingEstimate, tmp_path: Path
+) -> None:
+    timeline, shown = result.step.timeline, _whole(result)
+    write_trace(timeline, tmp_path / "step.json", **shown)
+    write_trace(timeline, tmp_path / "step.json.gz", **shown)
     plain = (tmp_path / "step.json").read_bytes()
     assert gzip.decompress((tmp_path / "step.json.gz").read_bytes()) == plain
-    assert json.loads(plain) == chrome_trace(timeline)
+    trace = json.loads(plain)
+    assert trace == chrome_trace(timeline, **shown)
+    tracks = _tracks(trace)
+    assert len({pid for pid, _ in tracks}) == timeline.program.ranks
+    for spans in tracks.values():
+        assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(sorted(spans)))
+
+
+def test_the_steps_of_the_schedule_have_a_thread_in_torchs_notation(deepseek: TrainingEstimate) -> None:
+    trace = chrome_trace(deepseek.step.timeline, **_whole(deepseek))
+    steps = [event for event in trace["traceEvents"] if event["ph"] == "X" and event["cat"] == "schedule"]
+    first = [event["name"] for event in steps if event["pid"] == 0]
+    assert first == [str(each) for each in deepseek.step.schedule.steps[0]]
+    assert first[0] == "0F0"
+    assert any(re.fullmatch(r"\(\d+F\d+;\d+B\d+\)OVERLAP_F_B", name) for name in first)
+
+
+def test_critical_ops_are_marked(result: TrainingEstimate) -> None:
+    timeline = result.step.timeline
+    path = critical_path(timeline)
+    events = [event for event in chrome_trace(timeline)["traceEvents"] if event["ph"] == "X"]
+    assert all(event["args"]["slack_us"] >= 0.0 for event in events)
+    marked = {(event["name"], event["pid"]) for event in events if event["args"]["critical"]}
+    names = op_names(timeline.program)
+    shown = {(event["name"], event["pid"]) for event in events}
+    same_lane = path.ops[path.lanes == 0]
+    assert {(names[op], int(timeline.program.rank[op])) for op in same_lane.tolist()} & shown <= marked
+    assert len(marked) < len(shown) or timeline.program.ranks == 1
+
+
+def test_the_trace_counts_the_memory_of_every_rank(result: TrainingEstimate) -> None:
+    events = chrome_trace(result.step.timeline, **_whole(result))["traceEvents"]
+    for curve in result.step.memory_curves:
+        points = [event for event in events if event["ph"] == "C" and event["pid"] == curve.rank]
+        assert max(point["args"]["bytes"] for point in points) == pytest.approx(curve.peak_bytes)
+        times = [point["ts"] for point in points]
+        assert times == sorted(set(times))
+        assert points[0]["args"]["bytes"] == points[-1]["args"]["bytes"] == curve.bytes[0]
+
+
+def test_the_protobuf_trace_says_the_same(mixtral: TrainingEstimate, tmp_path: Path) -> None:
+    pytest.importorskip("perfetto")
+    from perfetto.protos.perfetto.trace.perfetto_trace_pb2 import Trace, TrackEvent
+
+    shown = _whole(mixtral)
+    write_trace(mixtral.step.timeline, tmp_path / "step.pftrace", **shown)
+    found = Trace()
+    found.ParseFromString((tmp_path / "step.pftrace").read_bytes())
+    tracks = {p.track_descriptor.uuid: p.track_descriptor for p in found.packet if p.HasField("track_descriptor")}
+    (texts,) = (packet.interned_data for packet in found.packet if packet.HasField("interned_data"))
+    names = {entry.iid: entry.name for entry in texts.event_names}
+    open_: dict[int, tuple[int, str]] = {}
+    slices, counted = [], []
+    for packet in found.packet:
+        if not packet.HasField("track_event"):
+            continue
+        event = packet.track_event
+        assert event.track_uuid in tracks
+        if event.type == TrackEvent.TYPE_SLICE_BEGIN:
+            assert event.track_uuid not in open_  # one at a time on every track
+            open_[event.track_uuid] = (packet.timestamp, names[event.name_iid])
+        elif event.type == TrackEvent.TYPE_SLICE_END:
+            begin, name = open_.pop(event.track_uuid)
+            slices.append((name, begin, packet.timestamp))
+        else:
+            counted.append(event.counter_value)
+    assert not open_
+    events = chrome_trace(mixtral.step.timeline, **shown)["traceEvents"]
+    expected = [(e["name"], round(1e3 * e["ts"]), round(1e3 * (e["ts"] + e["dur"]))) for e in events if e["ph"] == "X"]
+    assert sorted(slices) == sorted(expected)
+    assert max(counted) == round(mixtral.step.memory.peak_bytes)
+    described = {track.name for track in tracks.values()}
+    assert {"pipeline rank 0", "compute", "expert", "schedule", "memory"} <= described
+
+
+def test_a_protobuf_trace_without_the_package_says_what_to_install(
+    mixtral: TrainingEstimate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protobuf, "find_spec", lambda name: None)
+    with pytest.raises(InvalidInput) as caught:
+        write_trace(mixtral.step.timeline, tmp_path / "step.pftrace")
+    assert "pip install 'moesim[trace]'" in str(caught.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_several_lanes_are_several_processes(mixtral: TrainingEstimate) -> None:
@@ -157,6 +254,17 @@ def test_the_memory_figure_shows_every_term_and_the_limit(result: TrainingEstima
     assert sum(_bars(figure, "y2").values()) == pytest.approx(peak)
     assert _bars(figure, "y") == {"total": pytest.approx(peak)}
     assert figure.layout.shapes[0].x0 == pytest.approx(result.memory_limit_bytes / GIB)
+
+
+def test_the_memory_over_time_is_drawn_up_to_its_peak(result: TrainingEstimate) -> None:
+    figure = memory_over_time_figure(result)
+    layers = {trace.name: np.asarray(trace.y) for trace in figure.data}
+    assert set(layers) == {"states", "buffers", "saved activations"}
+    peak = result.step.memory.peak_bytes / GIB
+    assert sum(layers.values()).max() == pytest.approx(peak)  # type: ignore[union-attr]
+    assert figure.data[0].x[-1] == pytest.approx(result.step_time_s)
+    assert figure.layout.shapes[0].y0 == pytest.approx(result.memory_limit_bytes / GIB)
+    assert "figure-memory-over-time" in page(result)
 
 
 def test_the_cost_figure_shows_every_phase() -> None:

@@ -1,9 +1,7 @@
 """What a schedule is worth when it is played: makespans and bubbles of every pipeline schedule, in both engines.
 
-Each schedule becomes a Program of fixed durations: one op per step on the rank's compute stream, and where a message
-crosses ranks one op on the pipeline stream. F, I and W are the times of one stage; an overlapped pair takes its own
-time and ends both halves at once. Two bubbles are told apart: of the makespan (from the global start to the global end)
-and of a rank's own span (from its first to its last op), the notion of the zero-bubble papers.
+Each schedule is replayed with fixed durations (``validation.events.replay``), which also says how its two bubbles are
+counted: of the makespan, and of a rank's own span, the notion of the zero-bubble papers.
 
 Expected values: (P-1)(F+B) and (P-1)(F+I-W) are Table 2 of arXiv 2401.10241 and of arXiv 2412.19437, (P/2-1)(F&B+B-3W)
 is DualPipe's (arXiv 2412.19437, Table 2); the rest were measured by replaying the action lists of PyTorch 2.13.0
@@ -12,120 +10,23 @@ is DualPipe's (arXiv 2412.19437, Table 2); the rest were measured by replaying t
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 
 from simulator import schedules
-from simulator.events import BUBBLE, Timeline, evaluate, play
-from simulator.program import COMPUTE, PIPELINE, Draft, Program
-from simulator.schedules import Action, Overlapped, Schedule, Step
-from simulator.timing import Fixed, Prices
+from simulator.events import BUBBLE, evaluate, play
+from simulator.program import COMPUTE, Draft
+from simulator.schedules import Action
+from simulator.timing import Fixed
+from validation.events.replay import Engine, Replayed, Times, played, price, replay
 
-Engine = Callable[[Program, Prices], Timeline]
 ENGINES = pytest.mark.parametrize("engine", [play, evaluate], ids=["events", "max-plus"])
-
-
-@dataclass(frozen=True)
-class Times:
-    """Durations of a stage: forward, input gradient, weight gradient, overlapped pair, and a message between ranks."""
-
-    f: float = 10
-    i: float = 10
-    w: float = 10
-    pair: float = 30
-    message: float = 0
-
-    def of(self, step: Step) -> float:
-        if isinstance(step, Overlapped):
-            return self.pair
-        return {"F": self.f, "I": self.i, "W": self.w, "B": self.i + self.w}[step.kind]
-
-
-def price(program: Program) -> Prices:
-    """Fixed classes cost what they say, in one lane and without links."""
-    seconds = np.array([[each.seconds] for each in program.classes if isinstance(each, Fixed)])
-    count, none = len(seconds), np.zeros((len(seconds), 1))
-    return Prices(
-        row=np.arange(count),
-        rows=np.ones(count, dtype=np.int64),
-        seconds=seconds,
-        latency=none[:, 0],
-        flow_seconds=none,
-        flow_demand=none + 1.0,
-        share=none + 1.0,
-        families=("work",),
-    )
-
-
-def needs(step: Step, last: int) -> Iterator[tuple[str, int, int]]:
-    """The outputs that a step awaits; the order on its own rank is the stream's business."""
-    for stage, kind, microbatch in schedules.parts(step):
-        if kind == "F" and stage > 0:
-            yield "F", stage - 1, microbatch
-        elif kind in "IB":
-            yield ("I", stage + 1, microbatch) if stage < last else ("F", stage, microbatch)
-
-
-def program_of(schedule: Schedule, times: Times) -> Program:
-    """The action lists as ops; dependencies come last, since outputs of other ranks are known only then."""
-    draft = Draft(schedule.ranks)
-    made: dict[tuple[str, int, int], tuple[int, int]] = {}
-    awaited: list[tuple[int, int, tuple[str, int, int]]] = []
-    for rank, steps in enumerate(schedule.steps):
-        for step in steps:
-            op = draft.op(rank=rank, stream=COMPUTE, cls=Fixed("work", times.of(step)), label=str(step), after=())
-            awaited += [(op, rank, need) for need in needs(step, schedule.stages - 1)]
-            made |= {
-                ("F" if a.kind == "F" else "I", a.stage, a.microbatch): (op, rank)
-                for a in schedules.parts(step)
-                if a.kind != "W"
-            }
-    sends: defaultdict[tuple[int, int], int] = defaultdict(int)
-    messages = sorted({(made[need][0], rank) for _, rank, need in awaited if made[need][1] != rank})
-    for maker, receiver in messages:
-        sender = next(rank for op, rank in made.values() if op == maker)
-        cls = Fixed("message", times.message)
-        sends[maker, receiver] = draft.op(rank=sender, stream=PIPELINE, cls=cls, label="send", after=[maker])
-    for op, rank, need in awaited:
-        maker, sender = made[need]
-        draft.depend(np.array([op]), np.array([maker if sender == rank else sends[maker, rank]]))
-    return draft.finish()
-
-
-def played(engine: Engine, schedule: Schedule, times: Times | None = None) -> Timeline:
-    program = program_of(schedule, times or Times())
-    return engine(program, price(program))
-
-
-@dataclass(frozen=True)
-class Bubbles:
-    """Makespan and idle time of every rank in both notions."""
-
-    makespan: float
-    makespan_bubble: list[float]
-    span_bubble: list[float]
-
-    @classmethod
-    def of(cls, timeline: Timeline) -> Bubbles:
-        program = timeline.program
-        whole, own = [], []
-        for rank in range(program.ranks):
-            ops = np.flatnonzero((program.rank == rank) & (program.stream == COMPUTE))
-            start, end = timeline.start[ops, 0], timeline.end[ops, 0]
-            busy = float((end - start).sum())
-            whole.append(timeline.step_s - busy)
-            own.append(float(end.max() - start.min()) - busy)
-        return cls(timeline.step_s, whole, own)
 
 
 def makespan(
     engine: Engine, name: str, ranks: int, microbatches: int, chunks: int = 1, times: Times | None = None
 ) -> float:
-    return played(engine, schedules.build(name, ranks, microbatches, chunks), times).step_s
+    return played(schedules.build(name, ranks, microbatches, chunks), times, engine).step_s
 
 
 # Equal times: 4 ranks, 8 microbatches, F = I = W = 10
@@ -134,13 +35,15 @@ def makespan(
 @ENGINES
 def test_the_makespans_and_bubbles_of_four_ranks_and_eight_microbatches(engine: Engine) -> None:
     """Zero-bubble schedules keep a fill of 30 = (P-1) F in the makespan although each rank alone never waits."""
-    found = {name: Bubbles.of(played(engine, schedules.build(name, 4, 8))) for name in ("gpipe", "1f1b", "zb1p", "zbv")}
+    names = ("gpipe", "1f1b", "zb1p", "zbh2", "zbv")
+    found = {name: replay(schedules.build(name, 4, 8), engine=engine) for name in names}
 
     assert found == {
-        "gpipe": Bubbles(330, [90, 90, 90, 90], [90, 60, 30, 0]),
-        "1f1b": Bubbles(330, [90, 90, 90, 90], [90, 60, 30, 0]),
-        "zb1p": Bubbles(270, [30, 30, 30, 30], [30, 20, 10, 0]),
-        "zbv": Bubbles(510, [30, 30, 30, 30], [0, 0, 0, 0]),
+        "gpipe": Replayed(330, [90, 90, 90, 90], [90, 60, 30, 0], [8, 8, 8, 8]),
+        "1f1b": Replayed(330, [90, 90, 90, 90], [90, 60, 30, 0], [4, 3, 2, 1]),
+        "zb1p": Replayed(270, [30, 30, 30, 30], [30, 20, 10, 0], [4, 4, 4, 4]),
+        "zbh2": Replayed(270, [30, 30, 30, 30], [0, 0, 0, 0], [7, 7, 7, 7]),
+        "zbv": Replayed(510, [30, 30, 30, 30], [0, 0, 0, 0], [8, 8, 8, 8]),
     }
 
 
@@ -188,16 +91,30 @@ def test_zb1p_waits_for_p_minus_1_times_f_plus_i_minus_w(
 
 @ENGINES
 def test_bubbles_of_eight_ranks_with_unequal_times(engine: Engine) -> None:
-    """F, I, W = 10, 13, 8 and 24 microbatches: 1F1B idles 217, ZB1P 105, ZB-V 91 (up to 70 of a rank's own span)."""
-    times, work = Times(10, 13, 8), 24 * 31
-    found = {name: Bubbles.of(played(engine, schedules.build(name, 8, 24), times)) for name in ("1f1b", "zb1p", "zbv")}
+    """F, I, W = 10, 13, 8 and 24 microbatches: of the makespan, and at most of a rank's own span."""
+    names = ("1f1b", "zb1p", "zbh2", "zbv")
+    found = {name: replay(schedules.build(name, 8, 24), Times(10, 13, 8), engine) for name in names}
 
-    assert {name: each.makespan - work * (2 if name == "zbv" else 1) for name, each in found.items()} == {
-        "1f1b": 217,
-        "zb1p": 105,
-        "zbv": 91,
+    assert {name: (max(each.makespan_bubble), max(each.span_bubble)) for name, each in found.items()} == {
+        "1f1b": (217, 217),
+        "zb1p": (105, 105),
+        "zbh2": (70, 49),
+        "zbv": (91, 70),
     }
-    assert max(found["zbv"].span_bubble) == 70
+
+
+@ENGINES
+@pytest.mark.parametrize("times", [Times(), Times(10, 13, 8), Times(8, 7, 3), Times(5, 12, 5)])
+@pytest.mark.parametrize(("ranks", "microbatches"), [(1, 1), (2, 3), (4, 7), (4, 8), (8, 24), (16, 31)])
+def test_zbh2_idles_p_minus_1_times_f_plus_i_minus_2w_in_its_own_span(
+    engine: Engine, ranks: int, microbatches: int, times: Times
+) -> None:
+    """Arxiv 2401.10241, Table 2, from M = 2P-1 on; the makespan keeps a fill of (P-1)F at least."""
+    found = replay(schedules.build("zbh2", ranks, microbatches), times, engine)
+    left = times.f + times.i - 2 * times.w
+
+    assert found.span_bubble == pytest.approx([(ranks - 1 - rank) * left for rank in range(ranks)])
+    assert found.makespan_bubble == pytest.approx([(ranks - 1) * max(times.f, left)] * ranks)
 
 
 # DualPipe
@@ -221,7 +138,7 @@ DUALPIPE = [
 def test_dualpipes_formula_is_exact_for_equal_times_and_a_bound_otherwise(
     engine: Engine, ranks: int, microbatches: int, times: Times, bubble: float, formula: float
 ) -> None:
-    found = Bubbles.of(played(engine, schedules.build("dualpipe", ranks, microbatches), times))
+    found = replay(schedules.build("dualpipe", ranks, microbatches), times, engine)
 
     assert max(found.makespan_bubble) == bubble
     assert formula == (ranks // 2 - 1) * (times.pair + times.i + times.w - 3 * times.w)
@@ -231,7 +148,7 @@ def test_dualpipes_formula_is_exact_for_equal_times_and_a_bound_otherwise(
 
 @ENGINES
 def test_the_outer_ranks_of_dualpipe_idle_less_when_pairs_gain_time(engine: Engine) -> None:
-    found = Bubbles.of(played(engine, schedules.build("dualpipe", 8, 32), Times(10, 10, 10, 24)))
+    found = replay(schedules.build("dualpipe", 8, 32), Times(10, 10, 10, 24), engine)
 
     assert found.makespan_bubble == [30, 36, 42, 42, 42, 42, 36, 30]
 
@@ -242,7 +159,7 @@ def test_dualpipev_has_the_bubble_of_dualpipe_on_half_of_the_ranks(
     engine: Engine, ranks: int, microbatches: int
 ) -> None:
     """(P-1)(F&B+B-3W) with P ranks of two chunks each: 30 - 10 for every rank but the last, F = I = W and F&B = 30."""
-    found = Bubbles.of(played(engine, schedules.build("dualpipev", ranks, microbatches)))
+    found = replay(schedules.build("dualpipev", ranks, microbatches), engine=engine)
 
     assert max(found.makespan_bubble) == (ranks - 1) * (30 + 20 - 30)
     assert found.makespan == 60 * microbatches + (ranks - 1) * 20

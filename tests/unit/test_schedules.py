@@ -84,6 +84,22 @@ def test_1f1b_with_fewer_microbatches_than_ranks_is_gpipe_on_the_first_ranks() -
     ]
 
 
+def test_zbh2_fills_the_first_wait_with_forwards_and_the_last_with_weights() -> None:
+    """Near the end rank 2 puts off four W, rank 1 two: a gradient then leaves for rank 0 every two passes."""
+    assert text(schedules.build("zbh2", 3, 6)) == [
+        "0F0 0F1 0F2 0F3 0F4 0I0 0W0 0F5 0I1 0W1 0I2 0W2 0I3 0W3 0I4 0W4 0I5 0W5",
+        "1F0 1F1 1F2 1I0 1W0 1F3 1I1 1F4 1I2 1F5 1I3 1W1 1I4 1W2 1I5 1W3 1W4 1W5",
+        "2F0 2I0 2W0 2F1 2I1 2F2 2I2 2F3 2I3 2F4 2I4 2F5 2I5 2W1 2W2 2W3 2W4 2W5",
+    ]
+
+
+def test_which_schedules_pair_and_which_run_both_ways() -> None:
+    built = {name: schedules.build(name, 4, 8) for name in schedules.SCHEDULES}
+
+    assert {name for name, each in built.items() if each.pairs} == {"dualpipe", "dualpipev"}
+    assert {name for name, each in built.items() if each.bidirectional} == {"dualpipe"}
+
+
 def test_dualpipe_of_two_ranks_runs_both_directions() -> None:
     """Both ranks are in the middle: the first forward and backward of step 4 stay apart."""
     schedule = schedules.build("dualpipe", 2, 4)
@@ -151,6 +167,7 @@ def test_which_schedules_split_the_backward() -> None:
         "1f1b": False,
         "interleaved": False,
         "zb1p": True,
+        "zbh2": True,
         "zbv": True,
         "dualpipe": True,
         "dualpipev": True,
@@ -171,6 +188,9 @@ def test_which_schedules_split_the_backward() -> None:
         ("interleaved", 4, 4, 2, (8, 8, 7, 5)),
         ("zb1p", 4, 8, 1, (4, 4, 4, 4)),
         ("zb1p", 8, 24, 1, (8,) * 8),
+        ("zbh2", 4, 8, 1, (7,) * 4),
+        ("zbh2", 4, 5, 1, (5,) * 4),
+        ("zbh2", 8, 24, 1, (15,) * 8),
         ("zbv", 4, 8, 1, (8, 8, 8, 8)),
         ("dualpipe", 4, 8, 1, (5,) * 4),
         ("dualpipe", 8, 20, 1, (9,) * 8),
@@ -212,6 +232,7 @@ def test_split_backward_holds_its_activation_until_the_weight_pass() -> None:
         ("interleaved", 8, 16, 2, 1170),
         ("interleaved", 8, 16, 4, 2130),
         ("zb1p", 4, 8, 1, 270),
+        ("zbh2", 4, 8, 1, 270),
         ("zbv", 4, 8, 1, 510),
     ],
 )
@@ -299,6 +320,7 @@ def test_extra_makespan_per_unit_of_message_latency(
         *(("1f1b", p, m, 1) for p, m in ((1, 1), (1, 5), (4, 3), (8, 16), (16, 120))),
         *(("interleaved", p, m, v) for p, m, v in ((1, 3, 1), (1, 3, 4), (4, 4, 2), (4, 12, 3), (16, 32, 2))),
         *(("zb1p", p, m, 1) for p, m in ((1, 1), (1, 5), (4, 2), (8, 16), (16, 120))),
+        *(("zbh2", p, m, 1) for p, m in ((1, 1), (1, 5), (4, 2), (4, 6), (4, 7), (8, 16), (16, 120))),
         *(("zbv", p, m, 2) for p, m in ((1, 1), (1, 5), (4, 2), (4, 9), (16, 120))),
         *(("dualpipe", p, m, 1) for p, m in ((2, 4), (4, 8), (6, 14), (8, 20), (16, 120))),
         *(("dualpipev", p, m, 2) for p, m in ((1, 2), (3, 6), (4, 11), (8, 16), (16, 120))),
@@ -426,18 +448,9 @@ def test_one_rank_works_wherever_the_domain_allows_it() -> None:
         "1f1b": ["0F0 0B0 0F1 0B1"],
         "interleaved": ["0F0 0B0 0F1 0B1"],
         "zb1p": ["0F0 0I0 0W0 0F1 0I1 0W1"],
+        "zbh2": ["0F0 0I0 0W0 0F1 0I1 0W1"],
         "zbv": ["0F0 1F0 1I0 1W0 0F1 0I0 0W0 1F1 1I1 1W1 0I1 0W1"],
     }
-
-
-def test_zbh2_is_known_but_not_simulated() -> None:
-    with pytest.raises(errors.NotSimulated) as caught:
-        schedules.build("zbh2", 4, 8)
-
-    assert str(caught.value) == (
-        "no schedule 'zbh2' in this release; available: gpipe, 1f1b, interleaved, zb1p, zbv, dualpipe, dualpipev "
-        "(zb1p has the bubble nearest to it at half of its memory)"
-    )
 
 
 @pytest.mark.parametrize(
