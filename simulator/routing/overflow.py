@@ -84,9 +84,12 @@ def limited(scenario: Scenario, layout: Layout, stack: str, chances: FloatArray,
             exempt=routing.exempt_sequence_fraction,
         )
     profile = _profile(assigned, outcome.dropped, scenario)
-    lost = capacities.apply(
-        assigned, limit_evaluation, overflow=routing.overflow, exempt=routing.exempt_sequence_fraction
-    ).dropped
+    if limit_evaluation is not None and shared > tokens:
+        lost = _shared_wider(assigned, whole, limit_evaluation, shared, tokens, scenario, sampler).dropped
+    else:
+        lost = capacities.apply(
+            assigned, limit_evaluation, overflow=routing.overflow, exempt=routing.exempt_sequence_fraction
+        ).dropped
     evaluation = np.array([lost.sum(), assigned.sum()], dtype=np.float64)
     if drawn < groups:
         return Limited(*_extrapolated(outcome, sampler.counts(whole, tokens)), profile, evaluation)
@@ -114,9 +117,12 @@ def _profile(assigned: IntArray, dropped: IntArray, scenario: Scenario) -> Float
 
 def _extrapolated(sample: capacities.Outcome, assigned: IntArray) -> tuple[IntArray, capacities.Outcome]:
     """From some capacity groups to all: drop and pad the whole group's counts in the sample's proportion."""
-    seen = np.maximum((sample.processed + sample.dropped).sum(2), 1)
-    processed = np.floor(assigned * np.minimum(1.0, sample.processed.sum(2) / seen) + 0.5).astype(np.int64)
-    computed = np.floor(assigned * (sample.computed.sum(2) / seen) + 0.5).astype(np.int64)
+    seen = (sample.processed + sample.dropped).sum(2)
+    kept, rows = (
+        np.where(seen > 0, each.sum(2) / np.maximum(seen, 1), 1.0) for each in (sample.processed, sample.computed)
+    )
+    processed = np.floor(assigned * np.minimum(1.0, kept) + 0.5).astype(np.int64)
+    computed = np.floor(assigned * rows + 0.5).astype(np.int64)
     return assigned, capacities.Outcome(processed, np.maximum(computed, processed), assigned - processed)
 
 

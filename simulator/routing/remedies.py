@@ -1,7 +1,7 @@
 """What balancing does to the router's tendencies, over the steps of training.
 
 A balancing loss shrinks popularity: sigma -> sigma / (1 + sum_i A_i weight_i^p) over the losses in force. p and the
-strengths A are read off published loads (validation/routing.py fits them again):
+strengths A are read off published loads (validation/routing/balancing.py fits them again):
 
 * importance and load loss: p = 0.388, A = 18.8 and 80.3, from 1701.06538, Table 6 (untreated: the sigma with its CV
   of 3.01, 1.93 in logit units);

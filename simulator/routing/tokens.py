@@ -115,6 +115,8 @@ def dispersion(tendencies: Tendencies, rng: np.random.Generator, tokens: int = 8
     np.put_along_axis(chosen, picks, 1.0, axis=-1)
     chosen -= chosen.mean(0)
     variance = np.square(chosen).sum()
+    if variance == 0.0:  # every token uses every expert
+        return 1.0
     shared = [float((chosen[lag:] * chosen[:-lag]).sum() / variance) for lag in range(1, _LAGS)]
     last = next((lag for lag, value in enumerate(shared) if abs(value) < 2.0 / np.sqrt(chosen.size)), _LAGS)
     return max(0.1, 1.0 + 2.0 * sum(shared[:last]))

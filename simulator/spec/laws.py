@@ -293,6 +293,9 @@ def _routing(scenario: Scenario) -> Iterator[Problem]:
             f"{moe.experts} experts and {placement.redundant_experts} copies make {slots} slots, which do not divide "
             f"over {ranks} expert ranks; nearest: {-(-slots // ranks) * ranks - moe.experts}",
         )
+    kinds = [remedy.kind for remedy in routing.balance]
+    for kind in dict.fromkeys(kind for kind in kinds if kinds.count(kind) > 1):
+        yield Problem("routing.balance", f"{kind} is there {kinds.count(kind)} times; a mechanism acts once")
     for index, remedy in enumerate(routing.balance):
         if remedy.kind == "bias" and remedy.weight is not None:
             yield Problem(f"routing.balance.{index}.weight", "the bias has no weight; its step is gamma")

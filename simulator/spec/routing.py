@@ -14,6 +14,7 @@ from simulator.spec.fields import (
     NonNegative,
     Positive,
     ProperFraction,
+    Sigma,
     Whole,
     WholeOrZero,
     described,
@@ -49,12 +50,12 @@ class LogitLoad(Contract):
     """
 
     kind: Literal["logits"] = described("Load model.", example="logits")
-    population: NonNegative = described("Popularity fixed per layer: sigma_pop.", example=0.25, default=0.0)
-    domain: NonNegative = described("Preference of one document: sigma_dom.", example=0.45, default=0.0)
+    population: Sigma = described("Popularity fixed per layer: sigma_pop.", example=0.25, default=0.0)
+    domain: Sigma = described("Preference of one document: sigma_dom.", example=0.45, default=0.0)
     documents: Whole | Literal["auto"] = described(
         "Independent documents in a microbatch of one expert group; auto = its sequences.", example=1, default="auto"
     )
-    token: NonNegative = described(
+    token: Sigma = described(
         "Preference fixed by token identity, token frequencies after Zipf: sigma_tok.", example=0.6, default=0.0
     )
     context_correlation: Correlation = described(
