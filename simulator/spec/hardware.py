@@ -137,7 +137,7 @@ class GemmCurve(Contract):
     throttle_per_decade: Sourced[NonNegative] = _leaf("Slow-down per decade of FLOPs over 1e11 (power).", 0.04)
     wave_weight: Sourced[Fraction] = _leaf("Weight of whole waves of 128 x 128 tiles.", 0.19)
     quantize_passes: Sourced[NonNegative] | None = _leaf(
-        "Passes over the input that write it in the low format before the product.", 1.0, default=None
+        "Time to cast operands to the low format, over the time to move their bytes once.", 1.0, default=None
     )
     dgrad_scale: Sourced[Positive] = _leaf("Efficiency of the input gradient relative to forward.", 0.98)
     wgrad_scale: Sourced[Positive] = _leaf("Efficiency of the weight gradient relative to forward.", 0.93)

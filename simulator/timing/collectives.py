@@ -16,45 +16,52 @@ a uniform all-to-all of b bytes per chip takes b max(extent) / (8 W) with wrap-a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from simulator.layout import Span
 from simulator.spec.hardware import CollectiveCurve, HardwareProfile, Tier
+from simulator.timing.kernels import Numbers
 
 Kind = Literal["all_to_all", "all_gather", "reduce_scatter", "all_reduce", "point_to_point"]
 
 
 @dataclass(frozen=True)
 class Flow:
-    """What one rank sends over one tier: seconds when alone, and the share of the link that this takes."""
+    """What one rank sends over one tier: seconds when alone (by row), and the share of the link that this takes."""
 
     tier: int
-    seconds: float
+    seconds: Numbers
     demand: float
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """Cost of one collective call."""
+    """Cost of one collective call, or of calls with as many sizes as there are rows."""
 
     latency: float
     flows: tuple[Flow, ...]
 
     @property
-    def seconds(self) -> float:
+    def seconds(self) -> Numbers:
         """Time when no link is shared."""
-        return self.latency + max((flow.seconds for flow in self.flows), default=0.0)
+        longest: Numbers = 0.0
+        for flow in self.flows:
+            longest = np.maximum(longest, flow.seconds)
+        return self.latency + longest
 
 
 FREE = Transfer(0.0, ())
 
 
-def transfer(profile: HardwareProfile, span: Span, kind: Kind, size_bytes: float) -> Transfer:
+def transfer(profile: HardwareProfile, span: Span, kind: Kind, size_bytes: Numbers) -> Transfer:
     """Cost of a collective over ``size_bytes``: the whole gathered or reduced buffer, or one message."""
     if kind == "point_to_point":
         return _point_to_point(profile, span, size_bytes)
-    if span.size <= 1 or size_bytes <= 0:
+    if span.size <= 1 or not np.any(np.asarray(size_bytes) > 0.0):
         return FREE
     if profile.tiers[0].kind == "torus":
         return _torus(profile, span, kind, size_bytes)
@@ -72,7 +79,7 @@ def transfer(profile: HardwareProfile, span: Span, kind: Kind, size_bytes: float
 
 
 def combine(
-    profile: HardwareProfile, span: Span, kind: Kind, moved: list[tuple[int, float]], *, overlapped: bool = False
+    profile: HardwareProfile, span: Span, kind: Kind, moved: Sequence[tuple[int, Numbers]], *, overlapped: bool = False
 ) -> Transfer:
     """Latency and flows for given bytes per tier; ``overlapped`` applies the tier's rate beside compute."""
     flows, latency = [], 0.0
@@ -119,7 +126,7 @@ def _latency(tier: Tier, curve: CollectiveCurve | None, ways: int, kind: Kind) -
     return curve.latency.value + (curve.hop.value * max(0, ways - 2) if curve.hop else 0.0)
 
 
-def _point_to_point(profile: HardwareProfile, span: Span, size_bytes: float) -> Transfer:
+def _point_to_point(profile: HardwareProfile, span: Span, size_bytes: Numbers) -> Transfer:
     if span.size <= 1:
         return FREE
     index = span.outermost
@@ -132,7 +139,7 @@ def _point_to_point(profile: HardwareProfile, span: Span, size_bytes: float) -> 
     return Transfer(latency, (Flow(index, size_bytes / (rate * efficiency), demand),))
 
 
-def _torus(profile: HardwareProfile, span: Span, kind: Kind, size_bytes: float) -> Transfer:
+def _torus(profile: HardwareProfile, span: Span, kind: Kind, size_bytes: Numbers) -> Transfer:
     """Collectives over bidirectional rings on every axis; groups beyond the slice also cross the next tier."""
     tier = profile.tiers[0]
     curve = tier.collectives.get(kind)

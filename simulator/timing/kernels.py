@@ -11,8 +11,8 @@ Dense product of [m, k] x [k, n]::
     c <= 2mnk / (0.6 P e) (1 + k_half/k)          (small problems use smaller tiles or split k)
     c *= 1 + throttle x clip(log10(2mnk / 1e11), 0, 3)
 
-with peak P and efficiency e. FP8 adds the passes that quantise the input. Form and constants are fitted to kernel
-tables of NVIDIA aiconfigurator (github.com/ai-dynamo/aiconfigurator), see the profiles.
+with peak P and efficiency e. FP8 products need their operands cast first (:func:`cast_bytes`). Form and constants are
+fitted to kernel tables of NVIDIA aiconfigurator (github.com/ai-dynamo/aiconfigurator) and others, see the profiles.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from simulator.spec.fields import ELEMENT_BYTES
-from simulator.spec.hardware import HardwareProfile
+from simulator.spec.hardware import GemmCurve, GroupedGemmCurve, HardwareProfile
 
 FloatArray = npt.NDArray[np.float64]
 Numbers = float | FloatArray
@@ -97,11 +97,24 @@ def gemm_seconds(device: Device, form: str, which: Pass, m: Numbers, n: float, k
         1.0 + curve.throttle_per_decade.value * np.clip(np.log10(np.maximum(flop, 1.0) / 1e11), 0.0, 3.0)
     )
     memory = traffic / device.bandwidth
-    quantize: Numbers = 0.0
-    if curve.quantize_passes is not None:
-        quantize = curve.quantize_passes.value * 3.0 * np.asarray(m) * k / device.bandwidth
-    seconds = curve.launch.value + (compute**4 + memory**4) ** 0.25 + quantize
+    seconds = curve.launch.value + (compute**4 + memory**4) ** 0.25
     return np.where(np.asarray(m) > 0, seconds, 0.0)
+
+
+def cast_bytes(which: Pass, input_width: float, gradient_width: float) -> float:
+    """Bytes per row that casting the operands of one linear moves; a width is 0 for what arrives already cast.
+
+    F: the input is read in BF16 and written in FP8 by rows of 128 (3 bytes an element). I: the output's gradient is
+    read once and written by rows for this product and by columns for that of the weights (4). W: the kept input is
+    read in FP8 and written again by columns (2). DeepSeek-V3, arXiv 2412.19437, sections 3.3.2 and 3.5.2.
+    """
+    return {"F": 3.0 * input_width, "I": 4.0 * gradient_width, "W": 2.0 * input_width}[which]
+
+
+def cast_seconds(device: Device, curve: GemmCurve | GroupedGemmCurve, traffic_bytes: Numbers) -> Numbers:
+    """Casts with scales: ``quantize_passes`` times as long as moving their bytes once."""
+    passes = 0.0 if curve.quantize_passes is None else curve.quantize_passes.value
+    return passes * traffic_bytes / device.bandwidth
 
 
 def padded_rows(counts: npt.NDArray[np.int64], tile: int) -> FloatArray:
@@ -140,10 +153,7 @@ def grouped_gemm_seconds(
     size = ELEMENT_BYTES[form]
     weights = active * n * k * (8.0 if which == "W" else size)
     memory = (weights + rows * (inner * size + columns * (size if which == "W" else 2.0))) / device.bandwidth
-    quantize: Numbers = 0.0
-    if curve.quantize_passes is not None:
-        quantize = curve.quantize_passes.value * 3.0 * rows * k / device.bandwidth
-    seconds = curve.launch.value + active * curve.per_expert.value + (compute**4 + memory**4) ** 0.25 + quantize
+    seconds = curve.launch.value + active * curve.per_expert.value + (compute**4 + memory**4) ** 0.25
     return np.asarray(np.where(rows > 0, seconds, 0.0))
 
 

@@ -7,7 +7,7 @@ time per lane, since every rank receives its own load; everything else has one r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import singledispatchmethod
 
 import numpy as np
@@ -17,22 +17,17 @@ from simulator.routing import ExpertLoad, tokens_per_rank
 from simulator.spec.fields import ELEMENT_BYTES
 from simulator.spec.scenario import Scenario
 from simulator.timing import collectives
-from simulator.timing.classes import Bulk, Compute, Exchange, Fixed, Item, OpClass, Region, Send, Update
+from simulator.timing.classes import Bulk, Compute, Exchange, Fixed, OpClass, Region, Send, Update
 from simulator.timing.collectives import Transfer, transfer
 from simulator.timing.kernels import (
     Device,
     FloatArray,
-    Pass,
-    attention_seconds,
-    gemm_seconds,
-    grouped_gemm_seconds,
     memory_seconds,
-    padded_rows,
 )
+from simulator.timing.op_times import OpTimes
 from simulator.timing.table import Prices
-from simulator.workload.ops import AttentionCore, Embedding, Gemm, GroupedGemm, MemoryOp
 
-RECOMPUTE, STACK = "recompute", "stack"
+RECOMPUTE, CAST, STACK = "recompute", "cast", "stack"
 
 
 @dataclass
@@ -42,7 +37,6 @@ class Pricer:
     scenario: Scenario
     layout: Layout
     load: ExpertLoad | None
-    _rows: dict[tuple[int, int], tuple[FloatArray, FloatArray, FloatArray]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Resolve what every price needs."""
@@ -51,18 +45,19 @@ class Pricer:
         self.precision = self.scenario.training.precision
         self.whole = Device.of(profile)
         self.beside = Device.of(profile, collectives.comm_sms(profile, span))
-        self.tensor = self.scenario.parallelism.tensor
-        self.sequence = self.tensor if self.scenario.parallelism.sequence_parallel else 1
-        # Attention curves are measured in BF16; wider formats run at the ratio of the peaks.
-        self._attention_slowdown = max(1.0, self.whole.peak("bf16") / self.whole.peak(self.precision.attention))
+        self.ops = OpTimes(self.scenario, self.load)
+        self.tensor, self.sequence = self.ops.tensor, self.ops.sequence
         self.gap = profile.stacks[self.scenario.cluster.stack_name].gap_fraction.value
-        self.by_rank = None if self.load is None else self.load.by_rank
+        self.by_rank = self.ops.by_rank
 
     def price(self, classes: Sequence[OpClass]) -> Prices:
         """Price every class."""
         results = [self._seconds(each) for each in classes]
         transfers = [self._transfers(each) for each in classes]
-        counts = [max(len(seconds), len(moved)) for (seconds, _), moved in zip(results, transfers, strict=True)]
+        counts = [
+            len(seconds) if moved is None else np.size(moved.seconds)
+            for (seconds, _), moved in zip(results, transfers, strict=True)
+        ]
         lanes = max((seconds.shape[1] for seconds, _ in results), default=1)
         first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         total, tiers = int(first[-1]), len(self.profile.tiers)
@@ -72,13 +67,12 @@ class Pricer:
         share = np.zeros((len(classes), len(families)))
         for index, ((alone, shares), moved) in enumerate(zip(results, transfers, strict=True)):
             rows = slice(first[index], first[index + 1])
-            if moved:
-                seconds[rows] = np.array([each.seconds for each in moved])[:, None]
-                latency[rows] = [each.latency for each in moved]
-                for offset, each in enumerate(moved):
-                    for flow in each.flows:
-                        flow_seconds[first[index] + offset, flow.tier] = flow.seconds
-                        flow_demand[first[index] + offset, flow.tier] = flow.demand
+            if moved is not None:
+                seconds[rows] = np.reshape(moved.seconds, (-1, 1))
+                latency[rows] = moved.latency
+                for flow in moved.flows:
+                    flow_seconds[rows, flow.tier] = flow.seconds
+                    flow_demand[rows, flow.tier] = flow.demand
             else:
                 seconds[rows] = alone
             for name, part in shares.items():
@@ -105,9 +99,11 @@ class Pricer:
         device = self.beside if each.overlapped else self.whole
         parts: dict[str, FloatArray] = {}
         for item in each.repeats:
-            self._add(parts, RECOMPUTE, self._item(item, "F", device, each.layer, each.parts))
+            for work in (self.ops.item, self.ops.casts):
+                self._add(parts, RECOMPUTE, work(item, "F", device, each.layer, each.parts))
         for item in each.items:
-            self._add(parts, item.family, self._item(item, each.which, device, each.layer, each.parts))
+            self._add(parts, item.family, self.ops.item(item, each.which, device, each.layer, each.parts))
+            self._add(parts, CAST, self.ops.casts(item, each.which, device, each.layer, each.parts))
         total = sum(parts.values(), np.zeros((1, 1)))
         parts[STACK] = total * self.gap
         total = total * (1.0 + self.gap)
@@ -118,7 +114,7 @@ class Pricer:
         """Kernels that are slower for as long as the exchanges beside them last."""
         free, shares = self._compute(replace(each, beside=()))
         held, _ = self._compute(replace(each, beside=(), overlapped=True))
-        lasts = sum(float(np.mean([moved.seconds for moved in exchange(self, other)])) for other in each.beside)
+        lasts = sum(float(np.mean(exchange(self, other).seconds)) for other in each.beside)
         slower = free + lasts * (1.0 - free / np.maximum(held, 1e-30))
         return np.minimum(held, slower), shares
 
@@ -126,134 +122,60 @@ class Pricer:
     def _add(parts: dict[str, FloatArray], family: str, seconds: FloatArray) -> None:
         parts[family] = parts[family] + seconds if family in parts else seconds
 
-    def _item(self, item: Item, which: Pass, device: Device, layer: int | None, parts: int = 1) -> FloatArray:
-        """Seconds of one op, or of one of its ``parts``, in one pass [rows, lanes]."""
-        op = item.op
-        tokens = self._tokens(item.stack) / parts
-        if isinstance(op, Gemm):
-            return _scalar(self._gemm(op, which, device, tokens))
-        if isinstance(op, GroupedGemm):
-            return self._grouped(op, which, device, layer, parts)
-        if which == "W":
-            return np.zeros((1, 1))
-        if isinstance(op, AttentionCore):
-            flop = op.flop_per_token() * tokens / self.tensor
-            seconds = attention_seconds(device, op.kind, flop, max(op.context_full / parts, 1.0), which)
-            return _scalar(seconds * self._attention_slowdown)
-        if isinstance(op, Embedding):
-            return _scalar(memory_seconds(device, 2.0 * op.width * ELEMENT_BYTES[self.precision.residual] * tokens))
-        if isinstance(op, MemoryOp) and op.elements:
-            return self._memory(op, which, device, tokens, layer, parts)
-        return np.zeros((1, 1))
-
-    def _gemm(self, op: Gemm, which: Pass, device: Device, tokens: float) -> float:
-        form = str(getattr(self.precision, op.role))
-        rows, n, k = tokens * op.rows, float(op.n), float(op.k)
-        if op.split == "column":
-            n /= self.tensor
-        elif op.split == "row":
-            k /= self.tensor
-        else:
-            rows /= self.sequence
-        return float(gemm_seconds(device, form, which, rows, n, k))
-
-    def _grouped(self, op: GroupedGemm, which: Pass, device: Device, layer: int | None, parts: int = 1) -> FloatArray:
-        rows, padded, active = self._received(layer, parts)
-        shards = self.scenario.parallelism.expert_tensor
-        n, k = float(op.n), float(op.k)
-        if op.split == "column":
-            n /= shards
-        elif op.split == "row":
-            k /= shards
-        form = str(getattr(self.precision, op.role))
-        return grouped_gemm_seconds(device, form, which, rows=rows, padded=padded, active=active, n=n, k=k)
-
-    def _memory(
-        self, op: MemoryOp, which: Pass, device: Device, tokens: float, layer: int | None, parts: int = 1
-    ) -> FloatArray:
-        size = ELEMENT_BYTES[str(getattr(self.precision, op.role))]
-        traffic = op.elements * size * (1.5 if which == "I" and op.kind == "elementwise" else 1.0)
-        if op.rows == "received":
-            rows, _, _ = self._received(layer, parts)
-            return np.asarray(memory_seconds(device, traffic * rows / self.scenario.parallelism.expert_tensor))
-        shard = {"tensor": self.tensor, "sequence": self.sequence, "none": 1}[op.shard]
-        return _scalar(memory_seconds(device, traffic * tokens / shard, permute=op.kind == "permute"))
-
-    def _tokens(self, stack: str) -> float:
-        """Tokens of one microbatch on one rank of the dense layers."""
-        training = self.scenario.training
-        return training.micro_batch_sequences * training.length(stack) / self.scenario.parallelism.context
-
-    def _received(self, layer: int | None, parts: int = 1) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """Rows, rows padded to tiles, and active experts of each rank [microbatches, lanes]; of one part of them."""
-        assert self.by_rank is not None  # only MoE layers have experts
-        assert layer is not None
-        if (layer, parts) not in self._rows:
-            counts = self.by_rank[:, layer]
-            curves = self.profile.kernels.grouped_gemm
-            curve = curves.get(self.precision.gemm) or curves["bf16"]  # type: ignore[arg-type]
-            rows = counts.sum(-1).astype(np.float64) / parts
-            self._rows[layer, parts] = (
-                rows,
-                padded_rows(-(-counts // parts), curve.tile_rows.value),
-                (counts > 0).sum(-1).astype(np.float64),
-            )
-        return self._rows[layer, parts]
-
     # --- communication ------------------------------------------------------------------------------------------------
 
     @singledispatchmethod
-    def _transfers(self, each: OpClass) -> list[Transfer]:
-        """Transfers by row; none for compute."""
-        return []
+    def _transfers(self, each: OpClass) -> Transfer | None:
+        """The transfer by row; none for compute."""
+        return None
 
     @_transfers.register
-    def _(self, each: Exchange) -> list[Transfer]:
+    def _(self, each: Exchange) -> Transfer:
         return exchange(self, each)
 
     @_transfers.register
-    def _(self, each: Region) -> list[Transfer]:
+    def _(self, each: Region) -> Transfer:
         span = self.layout.spans[each.op.group]
         if span.size <= 1:
-            return [collectives.FREE]
+            return collectives.FREE
         role = "residual" if each.backward else each.op.role  # gradients travel in the residual's format
         size = each.op.elements * ELEMENT_BYTES[str(getattr(self.precision, role))] * self._region_tokens(each)
         size /= 1 if each.op.kind == "ring" else each.parts
         if each.op.kind == "ring":  # keys and values of the other ranks' tokens; their gradients on the way back
             moved = size * span.size * (2.0 if each.backward else 1.0) / self.tensor
             if each.parts > 1:
-                return [transfer(self.profile, span, "point_to_point", moved / each.parts)]
-            return [transfer(self.profile, span, "all_gather", moved)]
+                return transfer(self.profile, span, "point_to_point", moved / each.parts)
+            return transfer(self.profile, span, "all_gather", moved)
         entering = (each.op.kind == "enter") != each.backward
         if self.sequence > 1 or each.op.group == "expert_tensor":
             moving = transfer(self.profile, span, "all_gather" if entering else "reduce_scatter", size)
             if each.op.kind == "enter" and each.backward and each.op.group == "tensor":
                 # The input was kept in shards: the weight gradient gathers it again (arXiv 2205.05198, section 4.2.2).
                 moving = collectives.one_after_another(moving, transfer(self.profile, span, "all_gather", size))
-            return [moving]
-        return [collectives.FREE if entering else transfer(self.profile, span, "all_reduce", size)]
+            return moving
+        return collectives.FREE if entering else transfer(self.profile, span, "all_reduce", size)
 
     def _region_tokens(self, each: Region) -> float:
         """Tokens of a microbatch that a collective inside a layer carries."""
         if each.op.group == "expert_tensor":
             assert self.load is not None
             return float(self.load.computed[:, each.layer].sum(-1).mean()) / self.load.ranks
-        return self._tokens(each.stack)
+        return self.ops.tokens(each.stack)
 
     @_transfers.register
-    def _(self, each: Send) -> list[Transfer]:
-        tokens = self._tokens(each.stack)
+    def _(self, each: Send) -> Transfer:
+        tokens = self.ops.tokens(each.stack)
         if each.stack == "decoder" and self.scenario.model.encoder is not None:
-            tokens += self._tokens("encoder")  # every decoder stage needs the encoder's output
+            tokens += self.ops.tokens("encoder")  # every decoder stage needs the encoder's output
         moved = ELEMENT_BYTES[self.precision.residual] * self.scenario.model.hidden_size * tokens / self.sequence
-        return [transfer(self.profile, self.layout.spans["pipeline"], "point_to_point", moved)]
+        return transfer(self.profile, self.layout.spans["pipeline"], "point_to_point", moved)
 
     @_transfers.register
-    def _(self, each: Bulk) -> list[Transfer]:
-        return [transfer(self.profile, self.layout.spans[each.group], each.kind, each.size_bytes)]
+    def _(self, each: Bulk) -> Transfer:
+        return transfer(self.profile, self.layout.spans[each.group], each.kind, each.size_bytes)
 
 
-def exchange(pricer: Pricer, each: Exchange) -> list[Transfer]:
+def exchange(pricer: Pricer, each: Exchange) -> Transfer:
     """One expert all-to-all per microbatch.
 
     Each rank sends, for each of its tokens, one copy to every other node that holds one of the token's experts, and
@@ -266,7 +188,7 @@ def exchange(pricer: Pricer, each: Exchange) -> list[Transfer]:
     assert load is not None
     assert pricer.by_rank is not None
     if span.size <= 1:
-        return [collectives.FREE]
+        return collectives.FREE
     size = each.op.elements * ELEMENT_BYTES[str(getattr(pricer.precision, each.shape))] / each.parts
     tokens = tokens_per_rank(scenario, each.stack)
     rows = pricer.by_rank[:, each.layer].sum(-1).astype(np.float64)  # [microbatches, ranks]
@@ -276,20 +198,12 @@ def exchange(pricer: Pricer, each: Exchange) -> list[Transfer]:
     by_node = rows.reshape(len(rows), nodes, -1).sum(-1) if span.size % nodes == 0 else rows
     node_factor = by_node.max(-1) / np.maximum(by_node.mean(-1), 1e-12)
     copies = load.copies_by_tier(moe, span.ways, merged=not scenario.routing.pad_to_capacity)
-    results = []
-    for row in range(len(rows)):
-        parts = []
-        for index, number in copies:
-            curve = pricer.profile.tiers[index].collectives.get("all_to_all")
-            factor = rank_factor[row] if index == 0 else node_factor[row]
-            skew = factor if curve is None or curve.load_measure == "max" else 1.0
-            parts.append((index, tokens * size * number * volume[row] * skew))
-        if pricer.profile.tiers[0].kind == "torus":
-            results.append(transfer(pricer.profile, span, "all_to_all", sum(moved for _, moved in parts)))
-        else:
-            results.append(collectives.combine(pricer.profile, span, "all_to_all", parts, overlapped=each.overlapped))
-    return results
-
-
-def _scalar(value: object) -> FloatArray:
-    return np.asarray(value, dtype=np.float64).reshape(1, 1)
+    parts = []
+    for index, number in copies:
+        curve = pricer.profile.tiers[index].collectives.get("all_to_all")
+        factor = rank_factor if index == 0 else node_factor
+        skew = factor if curve is None or curve.load_measure == "max" else 1.0
+        parts.append((index, tokens * size * number * volume * skew))
+    if pricer.profile.tiers[0].kind == "torus":
+        return transfer(pricer.profile, span, "all_to_all", sum(moved for _, moved in parts))
+    return collectives.combine(pricer.profile, span, "all_to_all", parts, overlapped=each.overlapped)

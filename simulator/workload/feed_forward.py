@@ -116,6 +116,7 @@ def _routed(model: Model) -> Iterator[Op]:
         top_k=top_k,
         split="column",
         bias=bias,
+        arrives="input",
     )
     yield MemoryOp(
         "expert activation",
@@ -127,6 +128,15 @@ def _routed(model: Model) -> Iterator[Op]:
         shard="tensor",
     )
     yield GroupedGemm(
-        "expert down", "expert", (output,), n=width, k=size, experts=experts, top_k=top_k, split="row", bias=bias
+        "expert down",
+        "expert",
+        (output,),
+        n=width,
+        k=size,
+        experts=experts,
+        top_k=top_k,
+        split="row",
+        bias=bias,
+        arrives="gradient",
     )
     yield Collective("expert exit", "tensor", group="expert_tensor", kind="exit", elements=width, last=True)

@@ -100,9 +100,18 @@ def _latent_projections(model: Model, mixer: Mixer) -> Iterator[Op]:
     yield Gemm("key_value down", "attention", (kept,), frozenset({"attention"}), n=latent + rope, k=width)
     if rank is None:
         yield enter("query", width)
-        yield Gemm("query", "attention", (), frozenset({"attention"}), n=heads * mixer.qk_dim, k=width, split="column")
+        yield Gemm(
+            "query",
+            "attention",
+            (),
+            frozenset({"attention"}),
+            n=heads * mixer.qk_dim,
+            k=width,
+            split="column",
+            shares_input=True,
+        )
     else:
-        yield Gemm("query down", "attention", (), frozenset({"attention"}), n=rank, k=width)
+        yield Gemm("query down", "attention", (), frozenset({"attention"}), n=rank, k=width, shares_input=True)
         yield latent_norm("query", rank)
         yield enter("query latent", rank)
         yield up("query", rank, heads * mixer.qk_dim)

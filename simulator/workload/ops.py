@@ -57,7 +57,10 @@ class Op:
 
 @dataclass(frozen=True)
 class Gemm(Op):
-    """Linear layer: [rows, k] x [k, n]. FLOPs per token 2 n k rows; parameters n k + bias."""
+    """Linear layer: [rows, k] x [k, n]. FLOPs per token 2 n k rows; parameters n k + bias.
+
+    ``shares_input``: another linear has the same input, and casts it to the format of the product.
+    """
 
     n: int = 0
     k: int = 0
@@ -68,6 +71,7 @@ class Gemm(Op):
     stored_columns: int | None = (
         None  # columns held when they differ from the n that one token meets; 0 = shared weight
     )
+    shares_input: bool = False
 
     @property
     def parameters(self) -> float:
@@ -78,7 +82,10 @@ class Gemm(Op):
 
 @dataclass(frozen=True)
 class GroupedGemm(Op):
-    """The same linear in every routed expert: FLOPs per token 2 n k top_k; parameters experts x n k."""
+    """The same linear in every routed expert: FLOPs per token 2 n k top_k; parameters experts x n k.
+
+    ``arrives``: what comes over the all-to-all in the dispatch format, its input or the gradient of its output.
+    """
 
     n: int = 0
     k: int = 0
@@ -87,6 +94,7 @@ class GroupedGemm(Op):
     role: str = "gemm"
     split: Split = "none"
     bias: bool = False
+    arrives: Literal["nothing", "input", "gradient"] = "nothing"
 
     @property
     def parameters(self) -> float:

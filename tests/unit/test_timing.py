@@ -25,6 +25,8 @@ from simulator.timing.kernels import (
     Device,
     Pass,
     attention_seconds,
+    cast_bytes,
+    cast_seconds,
     gemm_seconds,
     grouped_gemm_seconds,
     memory_seconds,
@@ -182,13 +184,22 @@ def test_the_gradient_products_are_the_forward_with_its_sides_exchanged() -> Non
     assert gemm(m, n, k, "W") == pytest.approx(2 * US + root4(wgrad, wgrad_bytes / 0.8e12))
 
 
-def test_fp8_computes_twice_as_fast_and_pays_for_quantising_its_input() -> None:
-    """Read in BF16, written in FP8: 3 bytes for each of the m k numbers; a scale of 4 bytes for 128 FP8 numbers."""
+def test_fp8_computes_twice_as_fast() -> None:
+    """A scale of 4 bytes for 128 FP8 numbers."""
     m = n = k = 4096
     compute = (0.5 * 11 + 0.5 * 10.24) * 100 * 128 * 128 * 2 * k / 1600e12 * (1 + 250 / k)
     memory = (2 * m * k * (1 + 4 / 128) + 2 * m * n) / 0.8e12
 
-    assert gemm(m, n, k, form="fp8") == pytest.approx(4 * US + root4(compute, memory) + 3 * m * k / 0.8e12)
+    assert gemm(m, n, k, form="fp8") == pytest.approx(4 * US + root4(compute, memory))
+
+
+def test_operands_are_cast_once_for_each_direction_of_their_tiles() -> None:
+    """Input 1000 wide, output 300: 3 bytes to read BF16 and write FP8, 1 more by columns, 2 to write FP8 anew."""
+    assert [cast_bytes(which, 1000, 300) for which in PASSES] == [3000, 1200, 2000]
+    assert [cast_bytes(which, 0, 300) for which in PASSES] == [0, 1200, 0]
+    curves = MACHINE.kernels.gemm
+    assert cast_seconds(WHOLE, curves["fp8"], 8e5) == pytest.approx(1 * US)
+    assert cast_seconds(WHOLE, curves["bf16"], 8e5) == 0.0
 
 
 def test_a_format_without_a_curve_of_its_own_is_timed_as_bf16() -> None:

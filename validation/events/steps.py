@@ -54,6 +54,8 @@ def _parts(step: Step) -> Iterator[Check]:
     ours = action_ledger(step.timeline, step.schedule)
     for name, seconds in PARTS.items():
         yield near(GROUP, f"part {name}", seconds, ours.get(name, 0.0), "s", None, TABLE)
+    for name in sorted(ours.keys() - PARTS.keys()):
+        yield near(GROUP, f"part {name}", 0.0, ours[name], "s", None, "not in the table")
     errors = sum(abs(ours.get(name, 0.0) - seconds) for name, seconds in PARTS.items())
     yield at_most(GROUP, "absolute errors of the parts together", PARTS_WITHIN * STEP_S, errors, "s", TABLE)
 
