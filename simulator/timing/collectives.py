@@ -5,12 +5,12 @@ flow ends. With the bytes x that the busiest rank moves over its link of a tier 
 
     t_tier = x / (bandwidth x efficiency) + c sqrt(x),        t = latency + max over tiers,
 
-since transfers inside a node and between nodes are pipelined. Bytes of a buffer of N bytes on d = L x n ranks (L in a
-node, n nodes): all-gather and reduce-scatter N (d-1)/d inside the node and N (n-1)/(n L) over each rank's own network
-port (one ring per rail); all-reduce twice that; expert all-to-alls are counted in
-:func:`simulator.timing.prices.exchange`. On a torus, rings run in both directions of every axis the group covers, and
-a uniform all-to-all of b bytes per chip takes b max(extent) / (8 W) with wrap-around links of W bytes/s, b max(extent)
-/ (4 W) without (jax-ml.github.io/scaling-book, chapter "Sharded matrices").
+(and a slower rate beyond a knee where the profile has one), since transfers inside a node and between nodes are
+pipelined. Bytes of a buffer of N bytes on d = L x n ranks (L in a node, n nodes): all-gather and reduce-scatter N
+(d-1)/d inside the node and N (n-1)/(n L) over each rank's own network port (one ring per rail); all-reduce twice that;
+expert all-to-alls are counted in :func:`simulator.timing.prices.exchange`. On a torus, rings run in both directions of
+every axis the group covers, and a uniform all-to-all of b bytes per chip takes b max(extent) / (8 W) with wrap-around
+links of W bytes/s, b max(extent) / (4 W) without (jax-ml.github.io/scaling-book, chapter "Sharded matrices").
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from typing import Literal
 import numpy as np
 
 from simulator.layout import Span
-from simulator.spec.hardware import CollectiveCurve, HardwareProfile, Tier
+from simulator.spec.curves import CollectiveCurve
+from simulator.spec.hardware import HardwareProfile, Tier
 from simulator.timing.kernels import Numbers
 
 Kind = Literal["all_to_all", "all_gather", "reduce_scatter", "all_reduce", "point_to_point"]
@@ -93,6 +94,9 @@ def combine(
         seconds = size / (bandwidth * efficiency)
         if curve is not None and curve.sqrt_coefficient is not None:
             seconds += curve.sqrt_coefficient.value * size**0.5
+        if curve is not None and curve.knee_bytes is not None and curve.beyond_knee is not None:
+            slower = 1.0 / (bandwidth * curve.beyond_knee.value) - 1.0 / (bandwidth * efficiency)
+            seconds += np.maximum(size - curve.knee_bytes.value, 0.0) * max(0.0, slower)
         flows.append(Flow(index, seconds, efficiency))
         latency += _latency(tier, curve, span.ways[index], kind)
     return Transfer(latency, tuple(flows))

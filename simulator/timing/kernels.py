@@ -11,6 +11,8 @@ Dense product of [m, k] x [k, n]::
     c <= 2mnk / (0.6 P e) (1 + k_half/k)          (small problems use smaller tiles or split k)
     c *= 1 + throttle x clip(log10(2mnk / 1e11), 0, 3)
 
+    and, where the profile has them, c *= (1 + rows_half/m) (1 + columns_half/n) and another side of the tiles,
+
 with peak P and efficiency e. FP8 products need their operands cast first (:func:`cast_bytes`). Form and constants are
 fitted to kernel tables of NVIDIA aiconfigurator (github.com/ai-dynamo/aiconfigurator) and others, see the profiles.
 """
@@ -23,8 +25,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from simulator.spec.fields import ELEMENT_BYTES
-from simulator.spec.hardware import GemmCurve, GroupedGemmCurve, HardwareProfile
+from simulator.spec.curves import GemmCurve, GroupedGemmCurve
+from simulator.spec.fields import ELEMENT_BYTES, Sourced
+from simulator.spec.hardware import HardwareProfile
 
 FloatArray = npt.NDArray[np.float64]
 Numbers = float | FloatArray
@@ -83,15 +86,16 @@ def gemm_seconds(device: Device, form: str, which: Pass, m: Numbers, n: float, k
         rows, inner, scale = n, m, curve.wgrad_scale.value
         columns = k
     size = ELEMENT_BYTES[form]
-    output = 8.0 if which == "W" else 2.0  # FP32 gradients are read and written
+    output = 8.0 if which == "W" else max(2.0, size)  # FP32 gradients are read and written
     traffic = (rows * inner + inner * columns) * size + rows * columns * output
     rate = device.peak(form) * curve.efficiency.value * scale
     flop = 2.0 * rows * columns * inner
-    ramp = 1.0 + curve.k_half.value / np.maximum(inner, 1.0)
-    tiles = np.ceil(np.asarray(rows) / _TILE) * np.ceil(np.asarray(columns) / _TILE)
+    ramp = _ramp(curve.k_half, inner) * _ramp(curve.rows_half, rows) * _ramp(curve.columns_half, columns)
+    tile = _TILE if curve.tile is None else curve.tile.value
+    tiles = np.ceil(np.asarray(rows) / tile) * np.ceil(np.asarray(columns) / tile)
     weight = curve.wave_weight.value
     waves = np.maximum(1.0, weight * np.ceil(tiles / device.sms) + (1.0 - weight) * tiles / device.sms)
-    compute = waves * device.sms * _TILE * _TILE * 2.0 * inner / rate * ramp
+    compute = waves * device.sms * tile * tile * 2.0 * inner / rate * ramp
     compute = np.minimum(compute, flop / (0.6 * rate) * ramp)
     compute = compute * (
         1.0 + curve.throttle_per_decade.value * np.clip(np.log10(np.maximum(flop, 1.0) / 1e11), 0.0, 3.0)
@@ -99,6 +103,11 @@ def gemm_seconds(device: Device, form: str, which: Pass, m: Numbers, n: float, k
     memory = traffic / device.bandwidth
     seconds = curve.launch.value + (compute**4 + memory**4) ** 0.25
     return np.where(np.asarray(m) > 0, seconds, 0.0)
+
+
+def _ramp(half: Sourced[float] | None, size: Numbers) -> Numbers:
+    """Factor on the time of a product that is small along one side: 1 + half / size."""
+    return 1.0 if half is None else 1.0 + half.value / np.maximum(size, 1.0)
 
 
 def cast_bytes(which: Pass, input_width: float, gradient_width: float) -> float:
@@ -135,9 +144,9 @@ def grouped_gemm_seconds(
 ) -> FloatArray:
     """The same linear in every expert of a rank, in one grouped kernel.
 
-    ``t = launch + active x per_expert + (c^4 + b^4)^(1/4)`` with ``c = padded 2nk / (P e) (1 + k_half/k)`` and
-    ``b`` the time to read the weights of the active experts and the rows. The weight gradient contracts over each
-    expert's tokens: ``c = (rows + active x rows_half) 2nk / (P e)``.
+    ``t = launch + active x per_expert + (c^4 + b^4)^(1/4)`` with ``c = (padded + active x rows_half) 2nk / (P e)
+    (1 + k_half/k)`` and ``b`` the time to read the weights of the active experts and the rows. The weight gradient
+    contracts over each expert's tokens: ``c = (rows + active x wgrad_rows_half) 2nk / (P e)``.
     """
     curves = device.profile.kernels.grouped_gemm
     curve = curves.get(form) or curves["bf16"]  # type: ignore[call-overload]
@@ -148,11 +157,14 @@ def grouped_gemm_seconds(
     rate = device.peak(form) * curve.efficiency.value * (curve.wgrad_scale.value if which == "W" else scale)
     if which == "W":
         compute = (rows + active * curve.wgrad_rows_half.value) * 2.0 * n * k / rate
+        compute = compute * _ramp(curve.rows_half, n) * _ramp(curve.columns_half, k)
     else:
-        compute = padded * 2.0 * n * k / rate * (1.0 + curve.k_half.value / inner)
+        few = 0.0 if curve.rows_half is None else active * curve.rows_half.value
+        compute = (padded + few) * 2.0 * n * k / rate
+        compute = compute * _ramp(curve.k_half, inner) * _ramp(curve.columns_half, columns)
     size = ELEMENT_BYTES[form]
     weights = active * n * k * (8.0 if which == "W" else size)
-    memory = (weights + rows * (inner * size + columns * (size if which == "W" else 2.0))) / device.bandwidth
+    memory = (weights + rows * (inner * size + columns * (size if which == "W" else max(2.0, size)))) / device.bandwidth
     seconds = curve.launch.value + active * curve.per_expert.value + (compute**4 + memory**4) ** 0.25
     return np.asarray(np.where(rows > 0, seconds, 0.0))
 
@@ -179,9 +191,16 @@ def attention_seconds(
 
 
 def memory_seconds(device: Device, traffic_bytes: Numbers, *, permute: bool = False) -> Numbers:
-    """A memory-bound kernel: launch + bytes / achieved bandwidth; gathers and scatters have a rate of their own."""
+    """A memory-bound kernel: launch + bytes / achieved bandwidth; gathers and scatters have a rate of their own.
+
+    With a cache in the profile, the first ``cache_bytes`` move at its bandwidth.
+    """
     curve = device.profile.kernels.memory
     rate = device.bandwidth
     if permute:
         rate = rate * curve.permute_fraction.value / curve.fraction.value
-    return curve.launch.value + traffic_bytes / rate
+    if curve.cache_bytes is None or curve.cache_bandwidth is None:
+        return curve.launch.value + traffic_bytes / rate
+    inside = np.minimum(traffic_bytes, curve.cache_bytes.value)
+    faster = np.maximum(curve.cache_bandwidth.value * rate / device.bandwidth, rate)
+    return curve.launch.value + np.asarray(inside / faster + (traffic_bytes - inside) / rate)

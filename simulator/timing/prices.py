@@ -22,6 +22,7 @@ from simulator.timing.collectives import Transfer, transfer
 from simulator.timing.kernels import (
     Device,
     FloatArray,
+    Numbers,
     memory_seconds,
 )
 from simulator.timing.op_times import OpTimes
@@ -47,6 +48,7 @@ class Pricer:
         self.beside = Device.of(profile, collectives.comm_sms(profile, span))
         self.ops = OpTimes(self.scenario, self.load)
         self.tensor, self.sequence = self.ops.tensor, self.ops.sequence
+        self.composition = profile.kernels.composition
         self.gap = profile.stacks[self.scenario.cluster.stack_name].gap_fraction.value
         self.by_rank = self.ops.by_rank
 
@@ -104,6 +106,9 @@ class Pricer:
         for item in each.items:
             self._add(parts, item.family, self.ops.item(item, each.which, device, each.layer, each.parts))
             self._add(parts, CAST, self.ops.casts(item, each.which, device, each.layer, each.parts))
+        if self.composition is not None:
+            factor = (self.composition.forward if each.which == "F" else self.composition.backward).value
+            parts = {name: seconds * factor for name, seconds in parts.items()}
         total = sum(parts.values(), np.zeros((1, 1)))
         parts[STACK] = total * self.gap
         total = total * (1.0 + self.gap)
@@ -201,9 +206,11 @@ def exchange(pricer: Pricer, each: Exchange) -> Transfer:
     parts = []
     for index, number in copies:
         curve = pricer.profile.tiers[index].collectives.get("all_to_all")
-        factor = rank_factor if index == 0 else node_factor
-        skew = factor if curve is None or curve.load_measure == "max" else 1.0
-        parts.append((index, tokens * size * number * volume * skew))
+        if curve is not None and curve.load_measure == "total":
+            busiest: Numbers = float(np.prod(span.ways[: index + 1]))
+        else:
+            busiest = rank_factor if index == 0 else node_factor
+        parts.append((index, tokens * size * number * volume * busiest))
     if pricer.profile.tiers[0].kind == "torus":
         return transfer(pricer.profile, span, "all_to_all", sum(moved for _, moved in parts))
     return collectives.combine(pricer.profile, span, "all_to_all", parts, overlapped=each.overlapped)

@@ -8,6 +8,7 @@ that of the Scaling Book (github.com/jax-ml/scaling-book, "Sharded matrices").
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
@@ -125,6 +126,16 @@ MACHINE = HardwareProfile.model_validate(PROFILE)
 WHOLE = Device.of(MACHINE)
 
 
+def number(value: float) -> SimpleNamespace:
+    """A number of a profile, without its source."""
+    return SimpleNamespace(value=value)
+
+
+def with_kernels(**changes: object) -> Device:
+    """The machine with other curves."""
+    return Device.of(MACHINE.model_copy(update={"kernels": MACHINE.kernels.model_copy(update=changes)}))
+
+
 def root4(compute: float, memory: float) -> float:
     return float((compute**4 + memory**4) ** 0.25)
 
@@ -191,6 +202,29 @@ def test_fp8_computes_twice_as_fast() -> None:
     memory = (2 * m * k * (1 + 4 / 128) + 2 * m * n) / 0.8e12
 
     assert gemm(m, n, k, form="fp8") == pytest.approx(4 * US + root4(compute, memory))
+
+
+def test_a_product_that_is_small_along_one_side_is_slower() -> None:
+    """(1 + 128/1280)(1 + 640/1280)(1 + 250/1000) on 100 FLOP-true tiles of side 1."""
+    curve = MACHINE.kernels.gemm["bf16"].model_copy(
+        update={"rows_half": number(128.0), "columns_half": number(640.0), "tile": number(1)}
+    )
+    device = with_kernels(gemm={"bf16": curve})
+    compute = 2 * 1280 * 1280 * 1000 / 800e12 * 1.1 * 1.5 * 1.25
+    memory = (2 * (1280 * 1000 + 1000 * 1280) + 2 * 1280 * 1280) / 0.8e12
+
+    assert gemm(1280, 1280, 1000, device=device) == pytest.approx(2 * US + root4(compute, memory))
+
+
+def test_bytes_inside_a_cache_move_at_its_bandwidth() -> None:
+    """1 MB of 3 at 1.6 TB/s, the rest at 0.8; gathers are slower by the same factor inside and outside."""
+    curve = MACHINE.kernels.memory.model_copy(update={"cache_bytes": number(1e6), "cache_bandwidth": number(1.6e12)})
+    device = with_kernels(memory=curve)
+    inside, outside = 1e6 / 1.6e12, 2e6 / 0.8e12
+
+    assert memory_seconds(device, 3e6) == pytest.approx(3 * US + inside + outside)
+    assert memory_seconds(device, 3e6, permute=True) == pytest.approx(3 * US + 2 * (inside + outside))
+    assert memory_seconds(device, 0.5e6) == pytest.approx(3 * US + 0.5e6 / 1.6e12)
 
 
 def test_operands_are_cast_once_for_each_direction_of_their_tiles() -> None:
@@ -321,6 +355,18 @@ def test_ring_volumes(span: Span, inside: float | None, between: float | None) -
         [a + b for a, b in zip(doubled, [*ramp, 0], strict=False)]
     )
     assert gather.seconds == gather.latency + max(flow.seconds for flow in gather.flows)
+
+
+def test_bytes_beyond_the_knee_move_slower() -> None:
+    """3 MB on four ranks: 2.25 MB each, 1 MB at 80 GB/s and 1.25 MB at 20."""
+    inside, *rest = MACHINE.tiers
+    curve = inside.collectives["all_gather"].model_copy(update={"knee_bytes": number(1e6), "beyond_knee": number(0.2)})
+    tier = inside.model_copy(update={"collectives": {"all_gather": curve}})
+    profile = MACHINE.model_copy(update={"tiers": (tier, *rest)})
+
+    assert transfer(profile, Span(4, (4, 1)), "all_gather", 3e6).seconds == pytest.approx(
+        12 * US + 1e6 / 80e9 + 1.25e6 / 20e9
+    )
 
 
 def test_latencies_add_over_the_tiers() -> None:
