@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from simulator.campaign.step import Step
 from simulator.events import slowness
+from simulator.routing.drawing import known_steps
+from simulator.routing.replay import recorded_steps
 from simulator.spec import Scenario
-from simulator.spec.fields import Contract, Sourced
+from simulator.spec.fields import sourced_numbers
 from simulator.spec.model import MixtureOfExperts
 from simulator.spec.routing import BalancedLoad, LogitLoad, Remedy, ReplayLoad
 
@@ -16,12 +19,7 @@ def assumptions(step: Step) -> list[str]:
     """What the estimate of a step takes for granted."""
     scenario, load = step.scenario, step.load
     stated = ["no failures, restarts or reserved idle time: GPU-hours are those of uninterrupted training"]
-    assumed = assumed_numbers(scenario.cluster.profile)
-    if assumed:
-        stated.append(
-            f"{len(assumed)} numbers of profile {scenario.profile_name} are assumed: {', '.join(assumed[:8])}"
-            + (", ..." if len(assumed) > 8 else "")
-        )
+    stated += _assumed_numbers(scenario)
     if load is not None:
         groups = step.layout.expert_data
         if groups > 1:
@@ -31,10 +29,11 @@ def assumptions(step: Step) -> list[str]:
             stated.append("a token travels once to each node and rank that holds its experts (DeepEP-type dispatch)")
         if load.dropped_fraction > 0.0:
             stated.append("MFU counts dropped assignments as done; HFU does not")
-        if load.assigned.shape[0] < step.layout.microbatches:
-            stated.append(
-                f"loads of {load.assigned.shape[0]} microbatches are drawn and repeated over {step.layout.microbatches}"
-            )
+        drawn = load.assigned.shape[0]
+        if drawn < step.layout.microbatches:
+            stated.append(f"loads of {drawn} microbatches are drawn and repeated over {step.layout.microbatches}")
+        if isinstance(scenario.routing.load, ReplayLoad):
+            stated += _replayed(scenario, recorded_steps(scenario.routing.load), drawn)
     stated += _routing(scenario)
     stated += _disturbed(step)
     if scenario.model.encoder is not None:
@@ -61,26 +60,16 @@ def _disturbed(step: Step) -> Iterator[str]:
             yield f"the wait for the slowest of {layout.expert_data} replicas is an expected value"
 
 
-def assumed_numbers(profile: Contract) -> list[str]:
-    """Paths of the profile's numbers that are assumed rather than measured, fitted or printed."""
-    found: list[str] = []
-
-    def walk(node: object, path: str) -> None:
-        if isinstance(node, Sourced):
-            if node.kind == "assumed":
-                found.append(path)
-        elif isinstance(node, Contract):
-            for name in type(node).model_fields:
-                walk(getattr(node, name), f"{path}.{name}" if path else name)
-        elif isinstance(node, dict):
-            for name, value in node.items():
-                walk(value, f"{path}.{name}")
-        elif isinstance(node, tuple):
-            for index, value in enumerate(node):
-                walk(value, f"{path}.{getattr(value, 'name', index)}")
-
-    walk(profile, "")
-    return found
+def _assumed_numbers(scenario: Scenario) -> Iterator[str]:
+    """How many numbers of the profile are assumed rather than measured, fitted or printed, and of what they are."""
+    kinds = [(path.split(".")[0], number.kind) for path, number in sourced_numbers(scenario.cluster.profile)]
+    assumed = Counter(part for part, kind in kinds if kind == "assumed")
+    if assumed:
+        parts = ", ".join(f"{count} in {part}" for part, count in assumed.most_common())
+        yield (
+            f"{assumed.total()} of the {len(kinds)} numbers of profile {scenario.profile_name} are assumed, not "
+            f"measured ({parts}); moesim profiles {scenario.profile_name} shows which"
+        )
 
 
 def _routing(scenario: Scenario) -> Iterator[str]:
@@ -114,9 +103,24 @@ def _routing(scenario: Scenario) -> Iterator[str]:
         if (grows or biased) and routing.at_step is None:
             yield "the load is that of the settled router; the first steps are left out"
     if routing.placement.redundant_experts:
-        yield "redundant experts: their weights and gradients are counted on every rank that holds a copy"
+        yield (
+            "redundant experts: weights and gradients are counted on every rank that holds a copy; the sum of the "
+            "gradients between the copies is not timed"
+        )
     if moe.router.second_choice == "random":
         yield "second choices that the router makes at random are all counted"
+
+
+def _replayed(scenario: Scenario, steps: int, drawn: int) -> Iterator[str]:
+    """Which recorded steps stand for the microbatches that are drawn, and which a placement knows."""
+    known = known_steps(scenario, steps)
+    run = steps - known
+    used = f"{drawn} of {run} recorded steps, evenly spaced," if run > drawn else f"{run} recorded steps"
+    again = f", repeated over {drawn}" if run < drawn else ""
+    before = f"; experts are placed after the {known} steps before" if known else ""
+    yield f"{used} stand for the microbatches{again}{before}"
+    if not known and scenario.routing.placement.kind == "balanced":
+        yield "experts are placed after the very step that is run, the only one recorded: no placement does better"
 
 
 def _acts(remedy: Remedy, moe: MixtureOfExperts) -> bool:

@@ -7,6 +7,7 @@ The way of a load through the room::
     counts                 how many tokens choose each expert      load.py        (token by token: tokens.py)
     capacity               what overflows                          overflow.py, capacity.py  (by token: admission.py)
     placement              which rank computes it                  placement.py
+    tokens                 which ranks one reaches, who loses all  together.py
     traffic                what travels                            traffic.py
 
 :mod:`.drawing` walks this way for a scenario. Beside it stand the routers of the papers on logits (:mod:`.routers`),

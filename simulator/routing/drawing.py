@@ -7,7 +7,6 @@ the same draw of the load.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,26 +16,15 @@ from simulator.routing import load as loads
 from simulator.routing import placement as placements
 from simulator.routing import tokens as blocks
 from simulator.routing.expert_load import ExpertLoad
-from simulator.routing.load import FloatArray, IntArray
-from simulator.routing.overflow import Limited, Sampler, capacity_groups, limited
+from simulator.routing.load import FloatArray
+from simulator.routing.overflow import Sampler, capacity_groups, limited, other_parts
 from simulator.routing.remedies import Batch, Treated, trajectory
-from simulator.routing.replay import recorded
+from simulator.routing.replay import recorded, steps_as_microbatches
 from simulator.routing.sizes import documents, group_tokens
-from simulator.routing.tendencies import Tendencies, chances_of, draw_tendencies, logits_of
+from simulator.routing.tendencies import Tendencies, draw_tendencies, logits_of
+from simulator.routing.together import Part, chosen_slots, lost_fraction
 from simulator.spec.routing import LogitLoad, ReplayLoad
 from simulator.spec.scenario import Scenario
-
-BLOCK_LAYERS, BLOCK_TOKENS = 4, 2048
-"""Layers and tokens of each that are routed one by one, for what counts cannot say."""
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One stack of layers: its router, and its counts under capacity."""
-
-    treated: Treated
-    counts: Limited
-    replayed: bool
 
 
 def expert_load(scenario: Scenario, layout: Layout) -> ExpertLoad | None:
@@ -61,7 +49,8 @@ def expert_load(scenario: Scenario, layout: Layout) -> ExpertLoad | None:
     streams = {stack: _streams(routing.seed, stack) for stack in present}
     parts = [_draw(scenario, layout, stack, stacks.count(stack), distinct, streams[stack]) for stack in present]
     placement = _placed(scenario, layout, parts)
-    picks, lost = _tokens(scenario, parts, placement, [streams[stack][2] for stack in present])
+    of_tokens = [streams[stack][2] for stack in present]
+    picks = chosen_slots(scenario, parts, placement, of_tokens)
     profile = np.sum([part.counts.profile for part in parts], axis=0)
     evaluation = np.sum([part.counts.evaluation for part in parts], axis=0)
     return ExpertLoad(
@@ -72,7 +61,7 @@ def expert_load(scenario: Scenario, layout: Layout) -> ExpertLoad | None:
         top_k=moe.top_k,
         placement=placement,
         drop_profile=profile[0] / np.maximum(profile[1], 1.0),
-        lost_fraction=lost,
+        lost_fraction=lost_fraction(scenario, parts, of_tokens),
         dropped_fraction_evaluation=float(evaluation[0] / max(evaluation[1], 1.0)),
         picks=picks,
     )
@@ -85,7 +74,7 @@ def over_steps(scenario: Scenario, layout: Layout, steps: Sequence[int | None]) 
     if moe is None or not layers or isinstance(routing.load, ReplayLoad):
         raise errors.NotSimulated("routing.load: only a load model of a MoE model changes over the steps")
     streams = _streams(routing.seed, "decoder")
-    plain = draw_tendencies(routing.load, layers, moe.experts, moe.top_k, streams[0])
+    plain = draw_tendencies(routing.load, layers, moe.experts, moe.top_k, streams[0], moe.router)
     for treated in _trajectory(scenario, layout, "decoder", plain, steps, streams[1]):
         yield treated, plain
 
@@ -125,58 +114,90 @@ def _trajectory(
 
 def _draw(
     scenario: Scenario, layout: Layout, stack: str, layers: int, distinct: int, streams: Sequence[np.random.Generator]
-) -> _Part:
+) -> Part:
     """Draw the counts of one stack and apply capacity."""
     moe, routing = scenario.model.moe, scenario.routing
     assert moe is not None  # the caller has looked
     of_tendencies, of_remedies, _, rng = streams
     if isinstance(routing.load, ReplayLoad):
-        mtp = scenario.model.mtp_depth if stack == "decoder" else 0
-        chances = recorded(routing.load, layers, moe.experts, moe.top_k, mtp=mtp)
-        treated = Treated(None, Tendencies(logits_of(chances[0], moe.top_k), moe.top_k), None)
-        chances = chances[np.arange(distinct) % len(chances), :, None]
+        known, record = _recorded(scenario, routing.load, layout, stack)
+        expected = known.mean(0)
+        treated = Treated(None, Tendencies(logits_of(record[0], moe.top_k), moe.top_k), None)
+        chances = others = record[steps_as_microbatches(len(record), distinct), :, None]
         sampled = routing.load.sampled
     else:
-        plain = draw_tendencies(routing.load, layers, moe.experts, moe.top_k, of_tendencies)
+        plain = draw_tendencies(routing.load, layers, moe.experts, moe.top_k, of_tendencies, moe.router)
         treated = next(_trajectory(scenario, layout, stack, plain, [routing.at_step], of_remedies))
-        chances = _by_documents(scenario, layout, stack, treated, distinct, of_tendencies)
+        chances, others = _by_documents(scenario, layout, stack, treated, distinct, of_tendencies)
+        expected = treated.chances(1, 1e9, np.random.default_rng(0))[0]  # documents differ from step to step
         sampled = True
     if moe.router.kind == "expert_choice":
-        chances, sampled = np.full((distinct, layers, 1, moe.experts), moe.top_k / moe.experts), False
+        expected, sampled = np.full((layers, moe.experts), moe.top_k / moe.experts), False
+        chances = others = np.broadcast_to(expected[:, None], (distinct, layers, 1, moe.experts))
     sampler = Sampler(moe, sampled, blocks.dispersion(treated.tendencies, of_remedies), rng)
-    replayed = not sampled or isinstance(routing.load, ReplayLoad)
-    return _Part(treated, limited(scenario, layout, stack, chances, sampler), replayed)
+    return Part(stack, treated, limited(scenario, layout, stack, chances, sampler, others), expected)
+
+
+def _recorded(scenario: Scenario, load: ReplayLoad, layout: Layout, stack: str) -> tuple[FloatArray, FloatArray]:
+    """Chances [steps, layers, experts] of one stack that a placement knows beforehand, and those that are run."""
+    moe = scenario.model.moe
+    assert moe is not None
+    stacks = [block.stack for block in layout.blocks if block.is_moe]
+    encoder = stacks.count("encoder")
+    record = recorded(load, len(stacks), moe.experts, moe.top_k, encoder=encoder, mtp=scenario.model.mtp_depth)
+    record = record[:, :encoder] if stack == "encoder" else record[:, encoder:]
+    known = known_steps(scenario, len(record))
+    return record[: known or None], record[known:]
+
+
+def known_steps(scenario: Scenario, steps: int) -> int:
+    """Steps at the start of a recording to which a placement is fitted and which are not run.
+
+    A placement after the load follows what was seen before: it has the first half. Of one step alone it knows all. A
+    placement by number needs none.
+    """
+    return steps // 2 if scenario.routing.placement.kind == "balanced" else 0
 
 
 def _by_documents(
     scenario: Scenario, layout: Layout, stack: str, treated: Treated, distinct: int, rng: np.random.Generator
-) -> FloatArray:
-    """Chances [microbatches, layers, parts, experts] of the parts of an expert group that share their documents.
+) -> tuple[FloatArray, FloatArray]:
+    """Chances [microbatches, layers, parts, experts] of the parts of an expert group, and of the expert groups beside.
 
-    Capacity groups inside the expert group hold different documents, so that each has its own preferences. Where
-    nothing tells them apart there is one part.
+    Capacity groups inside the expert group hold different documents, so that each has its own preferences, and so do
+    the expert groups that share a wider capacity. Where nothing tells them apart there is one part.
     """
     plain, inside = treated.tendencies, documents(scenario, stack)
     groups, _ = capacity_groups(scenario, layout, stack)
+    beside, of_each = other_parts(scenario, layout, stack)
     layers, experts = plain.logits.shape
-    parts = min(groups, round(inside), max(1, loads.MAX_COUNTS // (distinct * layers * experts))) if plain.domain else 1
-    found = treated.chances(distinct * parts, max(1.0, inside / parts), rng)
-    if len(found) == 1:
-        return np.broadcast_to(found[:, :, None], (distinct, layers, 1, experts))
-    return np.moveaxis(found.reshape(distinct, parts, layers, experts), 1, 2)
+    most = max(1, loads.MAX_COUNTS // (distinct * layers * experts))
+
+    def drawn(parts: int, held: float) -> FloatArray:
+        found = treated.chances(distinct * parts, max(1.0, held), rng)
+        if len(found) == 1:
+            return np.broadcast_to(found[:, :, None], (distinct, layers, 1, experts))
+        return np.moveaxis(found.reshape(distinct, parts, layers, experts), 1, 2)
+
+    parts = min(groups, round(inside), most) if plain.domain else 1
+    own = drawn(parts, inside / parts)
+    if not (beside and plain.domain):
+        return own, own
+    parts = min(beside, most)
+    return own, drawn(parts, inside * of_each * beside / parts)
 
 
 # --- all stacks together ----------------------------------------------------------------------------------------------
 
 
-def _placed(scenario: Scenario, layout: Layout, parts: Sequence[_Part]) -> placements.Placement:
+def _placed(scenario: Scenario, layout: Layout, parts: Sequence[Part]) -> placements.Placement:
     """Place the experts of all MoE layers: by number, or after what is known of the load beforehand."""
     moe, wanted, ranks = scenario.model.moe, scenario.routing.placement, scenario.parallelism.expert
     assert moe is not None
     layers = sum(part.counts.assigned.shape[1] for part in parts)
     if wanted.kind == "contiguous":
         return placements.contiguous(layers, moe.experts, ranks)
-    expected = np.concatenate([_expected(part) for part in parts])
+    expected = np.concatenate([part.expected for part in parts])
     ways = layout.spans["expert"].ways
     nodes = int(np.prod(ways[1:])) if len(ways) > 1 else 1
     try:
@@ -187,58 +208,4 @@ def _placed(scenario: Scenario, layout: Layout, parts: Sequence[_Part]) -> place
         raise errors.invalid(str(error), path="routing.placement.redundant_experts") from None
 
 
-def _expected(part: _Part) -> FloatArray:
-    """Load of each expert [layers, experts] as past steps show it: documents differ from step to step."""
-    if part.replayed:
-        return np.asarray(part.counts.assigned.mean(0))
-    return np.asarray(part.treated.chances(1, 1e9, np.random.default_rng(0))[0])
-
-
-def _tokens(
-    scenario: Scenario, parts: Sequence[_Part], placement: placements.Placement, streams: Sequence[np.random.Generator]
-) -> tuple[IntArray | None, float]:
-    """Slots that tokens choose together [tokens, k], None if experts are alike; and tokens that lose them all."""
-    moe, routing = scenario.model.moe, scenario.routing
-    assert moe is not None
-    dropping = any(part.counts.outcome.dropped.any() for part in parts)
-    if (all(part.treated.tendencies.even for part in parts) and not dropping) or moe.router.kind == "expert_choice":
-        return None, 0.0
-    found, lost, first_layer = [], [], 0
-    for part, stream in zip(parts, streams, strict=True):
-        layers = part.counts.assigned.shape[1]
-        plain = _unbiased(part.treated)
-        for layer in np.unique(np.linspace(0, layers - 1, BLOCK_LAYERS).round().astype(int)):
-            block = blocks.block(plain, layer, BLOCK_TOKENS, stream, document_tokens=BLOCK_TOKENS // 16)
-            picks = block.picks(moe.router, moe.top_k)
-            lost.append(_lost(picks, part.counts.assigned[0, layer], part.counts.outcome.dropped[0, layer], scenario))
-            slot = np.empty(moe.experts, dtype=np.int64)
-            order = placement.expert_of_slot[first_layer + layer]
-            slot[order[::-1]] = np.arange(len(order))[::-1]  # an expert's first slot stands for its copies
-            found.append(slot[picks])
-        first_layer += layers
-    even = all(part.treated.tendencies.even for part in parts)
-    return (None if even else np.concatenate(found)), float(np.mean(lost)) if routing.overflow == "drop" else 0.0
-
-
-def _unbiased(treated: Treated) -> Tendencies:
-    """Tendencies that lead without a bias to the loads that the biased ones lead to."""
-    plain, bias = treated.tendencies, treated.bias
-    if bias is None:
-        return plain
-    logits = logits_of(chances_of(plain.logits, plain.top_k, bias), plain.top_k)
-    return replace(plain, logits=logits - logits.mean(-1, keepdims=True))
-
-
-def _lost(picks: IntArray, assigned: IntArray, dropped: IntArray, scenario: Scenario) -> float:
-    """Share of tokens all of whose experts are full when it is their turn."""
-    exempt = scenario.routing.exempt_sequence_fraction
-    share = np.minimum(dropped / np.maximum(assigned * (1.0 - exempt), 1e-9), 1.0)[picks]  # [tokens, k]
-    if scenario.routing.drop_order == "arrival":
-        position = (np.arange(len(picks)) + 0.5)[:, None] / len(picks)
-        lost = (position > 1.0 - share).all(-1).mean()
-    else:
-        lost = share.prod(-1).mean()
-    return float(lost) * (1.0 - exempt)
-
-
-__all__ = ["expert_load", "over_steps"]
+__all__ = ["expert_load", "known_steps", "over_steps"]

@@ -27,7 +27,8 @@ class ExpertLoad:
 
     ``drop_profile`` [10]: dropped share of the assignments by position in the capacity group. ``lost_fraction``: tokens
     that lose all their experts. ``dropped_fraction_evaluation``: dropped at the evaluation's capacity factor. ``picks``
-    [tokens, top_k]: slots that some tokens choose together, -1 for none; None where all experts are alike.
+    [tokens, top_k]: slots that some tokens choose together, -1 for none; None where all experts are alike and, under a
+    limit on groups, in contiguous order.
     """
 
     assigned: IntArray

@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import expit, logit, ndtr
+from scipy.special import expit, logit, ndtr, ndtri
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -63,7 +63,8 @@ def biased_inclusion(
 ) -> FloatArray:
     """The same when the k largest of sigmoid(noisy logit) + bias are chosen (DeepSeek-V3, arXiv 2412.19437, eq. 16).
 
-    pi_e = P(sigmoid(l_e + noise) > x - b_e), the threshold x solved by bisection so that rows sum to k.
+    pi_e = P(sigmoid(l_e + noise) > x - b_e), the threshold x such that rows sum to k: by Newton's method from the mean
+    of the thresholds with which each expert alone would be chosen by k / E of the tokens, halved where it overshoots.
 
     >>> biased_inclusion(np.zeros(4), np.array([0.5, 0.0, 0.0, -0.5]), 1).round(3).tolist()
     [0.782, 0.109, 0.109, 0.0]
@@ -71,26 +72,36 @@ def biased_inclusion(
     experts = logits.shape[-1]
     if top_k >= experts:
         return np.ones(np.broadcast_shapes(logits.shape, bias.shape))
+    logits, bias = np.broadcast_arrays(logits, bias)
     scale = np.exp(np.clip(logits, -60.0, 60.0))
-    low = bias.min(-1, keepdims=True) - 1e-9
-    high = bias.max(-1, keepdims=True) + 1.0
 
-    def chance(threshold: FloatArray) -> FloatArray:
+    def chance(threshold: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Chances, and the slope with which their sum falls as the threshold rises."""
         score = threshold - bias
         inner = np.clip(score, 1e-12, 1.0 - 1e-12)
         if noise == "normal":
-            above = ndtr(logits - logit(inner))
+            over = logits - logit(inner)
+            above, density = ndtr(over), np.exp(-0.5 * over**2) / (np.sqrt(2.0 * np.pi) * inner * (1.0 - inner))
         else:
-            above = -np.expm1(-scale * (1.0 - inner) / inner)
-        return np.where(score <= 0.0, 1.0, np.where(score >= 1.0, 0.0, above))
+            survive = np.exp(-scale * (1.0 - inner) / inner)
+            above, density = 1.0 - survive, survive * scale / inner**2
+        outside = score != inner
+        if outside.any():
+            above, density = np.where(outside, score < 0.5, above), np.where(outside, 0.0, density)
+        return above, density.sum(-1, keepdims=True)
 
-    lead = np.broadcast_shapes(logits.shape, bias.shape)[:-1]
-    low, high = (np.broadcast_to(edge, (*lead, 1)) for edge in (low, high))
-    for _ in range(34):
-        middle = 0.5 * (low + high)
-        many = chance(middle).sum(-1, keepdims=True) > top_k
-        low, high = np.where(many, middle, low), np.where(many, high, middle)
-    found = chance(0.5 * (low + high))
+    low, high = bias.min(-1, keepdims=True) - 1e-9, bias.max(-1, keepdims=True) + 1.0
+    level = -np.log(-np.log1p(-top_k / experts)) if noise == "gumbel" else -ndtri(top_k / experts)
+    alone = expit(logits + level)
+    middle = (alone + bias).mean(-1, keepdims=True)
+    for _ in range(60):
+        found, slope = chance(middle)
+        gap = found.sum(-1, keepdims=True) - top_k
+        if np.abs(gap).max() < 1e-10:
+            break
+        low, high = np.where(gap > 0.0, middle, low), np.where(gap > 0.0, high, middle)
+        step = middle + gap / np.maximum(slope, 1e-300)
+        middle = np.where((step >= low) & (step <= high), step, 0.5 * (low + high))
     return np.asarray(np.minimum(found * (top_k / found.sum(-1, keepdims=True)), 1.0))
 
 

@@ -2,15 +2,21 @@
 
 Tokens that share one capacity are a capacity group: a part of the expert group, the whole of it, or several of them
 together. Counts are drawn per capacity group, so that small groups overflow more often, as they do.
+
+A capacity that several expert groups share meets the documents of all of them. The other groups are drawn in up to
+:data:`OTHERS` parts with documents of their own; where there are more groups, a part mixes the documents of several
+(variance law, :mod:`.tendencies`). The expert group that is looked at has the fate of the whole in proportion.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
+from simulator import errors
 from simulator.layout import Layout
 from simulator.routing import capacity as capacities
 from simulator.routing import load as loads
@@ -20,6 +26,8 @@ from simulator.routing.sizes import group_tokens
 from simulator.spec.model import MixtureOfExperts
 from simulator.spec.scenario import Scenario
 
+OTHERS = 8
+"""Parts in which the expert groups that share a capacity with the one looked at are drawn."""
 _PROFILE_COUNTS = 400_000
 
 
@@ -28,13 +36,16 @@ class Limited:
     """Counts of one stack of layers [microbatches, layers, experts] before and after capacity.
 
     ``profile`` [2, positions]: dropped and all assignments by position; ``evaluation`` [2]: dropped and all assignments
-    at the evaluation's capacity factor.
+    at the evaluation's capacity factor. ``slots``: of one holder (expert or device) for the ``shared`` tokens of a
+    capacity group; None for no limit.
     """
 
     assigned: IntArray
     outcome: capacities.Outcome
     profile: FloatArray
     evaluation: FloatArray
+    slots: int | None
+    shared: int
 
 
 @dataclass(frozen=True)
@@ -53,48 +64,66 @@ class Sampler:
         return loads.draw(chances, tokens, self.moe.top_k, self.rng, dispersion=self.dispersion)
 
 
-def limited(scenario: Scenario, layout: Layout, stack: str, chances: FloatArray, sampler: Sampler) -> Limited:
+def limited(
+    scenario: Scenario, layout: Layout, stack: str, chances: FloatArray, sampler: Sampler, others: FloatArray
+) -> Limited:
     """Draw counts from chances [microbatches, layers, parts, experts] and apply the scenario's capacity.
 
-    The capacity groups are divided over the parts, which hold different documents.
+    The capacity groups are divided over the parts, which hold different documents. ``others``: chances in the parts of
+    the further expert groups, if any, that share the capacity.
     """
-    routing, moe = scenario.routing, sampler.moe
+    routing = scenario.routing
     tokens = group_tokens(scenario, stack)
     groups, shared = capacity_groups(scenario, layout, stack)
     parts, whole = chances.shape[2], chances.mean(2)
     drawn = max(1, min(groups, loads.MAX_COUNTS // max(1, whole.size)))
-    sizes = np.full(drawn, tokens // groups)
-    sizes[: tokens % groups if drawn == groups else 0] += 1  # groups as equal as they can be; no token is lost
-    assigned = sampler.counts(chances[:, :, np.arange(drawn) * parts // drawn], sizes[:, None])
-    size = round(tokens / groups) if shared <= tokens else shared
-    limit, limit_evaluation = (
-        None
-        if factor is None
-        else capacities.slots(factor, size, moe.top_k, moe.experts, counts_top_k=routing.capacity_counts_top_k)
-        for factor in (_capacity_factor(scenario), _evaluation_factor(scenario))
+    assigned = sampler.counts(
+        chances[:, :, np.arange(drawn) * parts // drawn], _as_equal(tokens, groups, drawn)[:, None]
     )
-    if limit is not None and shared > tokens:
-        outcome = _shared_wider(assigned, whole, limit, shared, tokens, scenario, sampler)
-    else:
-        outcome = capacities.apply(
-            assigned,
-            limit,
-            overflow=routing.overflow,
-            pad=routing.pad_to_capacity,
-            exempt=routing.exempt_sequence_fraction,
-        )
+    together = assigned
+    if shared > tokens:
+        further = others.shape[2]
+        beside = sampler.counts(others, _as_equal(shared - tokens, further, further)[:, None])
+        together = assigned + beside.sum(2, keepdims=True)
+    limit, evaluated = (
+        slots(scenario, factor, shared) for factor in (_capacity_factor(scenario), _evaluation_factor(scenario))
+    )
+    outcome = _applied(assigned, together, limit, scenario, pad=routing.pad_to_capacity)
     profile = _profile(assigned, outcome.dropped, scenario)
-    if limit_evaluation is not None and shared > tokens:
-        lost = _shared_wider(assigned, whole, limit_evaluation, shared, tokens, scenario, sampler).dropped
-    else:
-        lost = capacities.apply(
-            assigned, limit_evaluation, overflow=routing.overflow, exempt=routing.exempt_sequence_fraction
-        ).dropped
+    lost = _applied(assigned, together, evaluated, scenario).dropped
     evaluation = np.array([lost.sum(), assigned.sum()], dtype=np.float64)
-    if drawn < groups:
-        return Limited(*_extrapolated(outcome, sampler.counts(whole, tokens)), profile, evaluation)
-    total = capacities.Outcome(outcome.processed.sum(2), outcome.computed.sum(2), outcome.dropped.sum(2))
-    return Limited(assigned.sum(2), total, profile, evaluation)
+    seen, total = assigned.sum(2), capacities.Outcome(*(each.sum(2) for each in _arrays(outcome)))
+    if drawn < groups:  # from some capacity groups to all
+        all_ = sampler.counts(whole, tokens)
+        seen, total = all_, capacities.in_part(all_, seen, total)
+    return Limited(seen, total, profile, evaluation, limit, shared)
+
+
+def _as_equal(tokens: int, groups: int, some: int) -> IntArray:
+    """Tokens of ``some`` of the groups, as equal as they can be: if they are all groups, no token is lost."""
+    sizes = np.full(some, tokens // groups)
+    sizes[: tokens % groups if some == groups else 0] += 1
+    return sizes
+
+
+def _arrays(outcome: capacities.Outcome) -> tuple[IntArray, IntArray, IntArray]:
+    return outcome.processed, outcome.computed, outcome.dropped
+
+
+def _applied(
+    assigned: IntArray, together: IntArray, limit: int | None, scenario: Scenario, *, pad: bool = False
+) -> capacities.Outcome:
+    """Capacity applied to the counts of all who share it, and the part in it of those who are looked at."""
+    routing = scenario.routing
+    outcome = capacities.apply(
+        together,
+        limit,
+        overflow=routing.overflow,
+        pad=pad,
+        exempt=routing.exempt_sequence_fraction,
+        holders=holders(scenario),
+    )
+    return outcome if together is assigned else capacities.in_part(assigned, together, outcome)
 
 
 def _profile(assigned: IntArray, dropped: IntArray, scenario: Scenario) -> FloatArray:
@@ -113,17 +142,6 @@ def _profile(assigned: IntArray, dropped: IntArray, scenario: Scenario) -> Float
     edges = np.linspace(0.0, 1.0, POSITIONS + 1)
     late = [float((share * np.maximum(end - np.maximum(from_, begin), 0.0)).sum()) for begin, end in pairwise(edges)]
     return np.stack([np.array(late), total])
-
-
-def _extrapolated(sample: capacities.Outcome, assigned: IntArray) -> tuple[IntArray, capacities.Outcome]:
-    """From some capacity groups to all: drop and pad the whole group's counts in the sample's proportion."""
-    seen = (sample.processed + sample.dropped).sum(2)
-    kept, rows = (
-        np.where(seen > 0, each.sum(2) / np.maximum(seen, 1), 1.0) for each in (sample.processed, sample.computed)
-    )
-    processed = np.floor(assigned * np.minimum(1.0, kept) + 0.5).astype(np.int64)
-    computed = np.floor(assigned * rows + 0.5).astype(np.int64)
-    return assigned, capacities.Outcome(processed, np.maximum(computed, processed), assigned - processed)
 
 
 def _capacity_factor(scenario: Scenario) -> float | None:
@@ -146,7 +164,7 @@ def capacity_groups(scenario: Scenario, layout: Layout, stack: str) -> tuple[int
     routing, moe = scenario.routing, scenario.model.moe
     assert moe is not None
     tokens = group_tokens(scenario, stack)
-    if _capacity_factor(scenario) is None:
+    if _capacity_factor(scenario) is None and _evaluation_factor(scenario) is None:
         return 1, tokens
     if routing.capacity_group_tokens == "model":
         assert moe.capacity_group_tokens is not None  # a law of the scenario
@@ -157,32 +175,42 @@ def capacity_groups(scenario: Scenario, layout: Layout, stack: str) -> tuple[int
         shared = max(1, tokens // (scenario.parallelism.expert * scenario.parallelism.expert_tensor))
     else:
         shared = tokens if routing.capacity_scope == "group" else tokens * layout.expert_data
-    return max(1, round(tokens / shared)), shared
+    groups = max(1, round(tokens / shared))
+    return groups, shared if shared > tokens else round(tokens / groups)
 
 
-def _shared_wider(
-    assigned: IntArray,
-    chances: FloatArray,
-    limit: int,
-    shared: int,
-    tokens: int,
-    scenario: Scenario,
-    sampler: Sampler,
-) -> capacities.Outcome:
-    """Capacity shared by several expert groups: draw the others too, and give each group its share of the slots."""
-    routing = scenario.routing
-    others = sampler.counts(chances, shared - tokens)[:, :, None]
-    whole = capacities.apply(
-        assigned + others, limit, overflow=routing.overflow, pad=False, exempt=routing.exempt_sequence_fraction
-    )
-    kept = np.floor(assigned * (whole.processed / np.maximum(assigned + others, 1)) + 0.5).astype(np.int64)
-    kept = np.minimum(kept, assigned)
-    if routing.overflow == "reroute":  # the group's tokens fill their share of what the whole holds
-        filled = np.cumsum(whole.processed, -1) * (tokens / shared)
-        kept = np.diff(np.floor(filled + 1e-9), axis=-1, prepend=0.0).astype(np.int64)
-    room = max(1, limit * tokens // shared)
-    computed = np.maximum(kept, room) if routing.pad_to_capacity else kept
-    return capacities.Outcome(kept, computed, np.maximum(assigned - kept, 0))
+def other_parts(scenario: Scenario, layout: Layout, stack: str) -> tuple[int, float]:
+    """Parts in which the expert groups beside the one looked at are drawn, and expert groups in each; 0 if none."""
+    tokens = group_tokens(scenario, stack)
+    further = max(0.0, capacity_groups(scenario, layout, stack)[1] / tokens - 1.0)
+    parts = min(OTHERS, math.ceil(further))
+    return parts, further / max(1, parts)
 
 
-__all__ = ["Limited", "Sampler", "capacity_groups", "limited"]
+def holders(scenario: Scenario) -> int:
+    """How many share the capacity of a layer: its experts, or the devices (router groups) that they are on.
+
+    Raises:
+        InvalidInput: a capacity of devices for a router without groups.
+    """
+    moe, over = scenario.model.moe, scenario.routing.capacity_over
+    assert moe is not None
+    if (moe.capacity_over if over == "model" else over) == "expert":
+        return moe.experts
+    if moe.router.groups == 1:
+        raise errors.invalid(
+            "a device is one of model.moe.router.groups, and this router has no groups", path="routing.capacity_over"
+        )
+    return moe.router.groups
+
+
+def slots(scenario: Scenario, factor: float | None, tokens: int) -> int | None:
+    """Capacity of one holder for the tokens of a capacity group; None without a limit."""
+    moe = scenario.model.moe
+    if factor is None or moe is None:
+        return None
+    counts_top_k = scenario.routing.capacity_counts_top_k
+    return capacities.slots(factor, tokens, moe.top_k, holders(scenario), counts_top_k=counts_top_k)
+
+
+__all__ = ["OTHERS", "Limited", "Sampler", "capacity_groups", "holders", "limited", "other_parts", "slots"]

@@ -8,7 +8,8 @@ experts of a layer in three greedy steps:
     replicas are packed onto the node's ranks    heaviest first, into the least loaded rank with a free slot
 
 Where groups do not divide over nodes, all ranks count as one node. Added here: no expert has two replicas on one rank
-(the second would take no load away), and single swaps with the busiest rank go on while they lower its load.
+(the second would take no load away), single swaps with the busiest rank go on while they lower its load, and where
+contiguous blocks are even already they stay: moving experts would gain nothing and tear the router's groups apart.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 CLOSE_ENOUGH = 1.002
-"""Slowest rank over the mean below which swaps stop."""
+"""Slowest rank over the mean below which swaps stop, and contiguous blocks stay."""
 
 MAX_SWAPS = 100
 """Swaps per layer and node at most."""
@@ -73,8 +74,8 @@ class Placement:
         return self.expert_of_slot + self.experts * np.arange(self.layers)[:, None]
 
     @cached_property
-    def _in_order(self) -> bool:
-        """Slot s holds expert s: nothing to gather."""
+    def in_order(self) -> bool:
+        """Slot s holds expert s in every layer: contiguous blocks."""
         slots = self.expert_of_slot.shape[1]
         return slots == self.experts and bool((self.expert_of_slot == np.arange(slots)).all())
 
@@ -102,7 +103,7 @@ class Placement:
         lead, shape = counts.shape[:-2], (self.layers, self.ranks, self.slots_per_rank)
         if counts.shape[-2:] != (self.layers, self.experts):
             raise ValueError(f"counts {counts.shape} do not end in {self.layers} layers and {self.experts} experts")
-        if self._in_order:
+        if self.in_order:
             return counts.reshape(*lead, *shape)
         rows = np.take(counts.reshape(-1, self.layers * self.experts), self._source.ravel(), axis=1)
         slots, replicas, which = self._shared
@@ -157,8 +158,11 @@ def balanced(loads: npt.ArrayLike, ranks: int, *, redundant: int = 0, nodes: int
     weight = weight / replicas
     items = np.repeat(np.tile(np.arange(local), layers * nodes), replicas.ravel()).reshape(layers * nodes, slots)
     plan = _swap(_pack(items, np.take_along_axis(weight, items, axis=-1), here), weight, here)
-    plan = np.take_along_axis(names, plan.reshape(layers, nodes, slots), axis=-1)
-    return Placement(plan.reshape(layers, nodes * slots), ranks, experts)
+    plan = np.take_along_axis(names, plan.reshape(layers, nodes, slots), axis=-1).reshape(layers, -1)
+    if not redundant:
+        blocks = loads.reshape(layers, ranks, -1).sum(-1)
+        plan[blocks.max(-1) <= CLOSE_ENOUGH * blocks.mean(-1)] = np.arange(experts)
+    return Placement(plan, ranks, experts)
 
 
 def _replicate(weight: FloatArray, slots: int, limit: int) -> IntArray:

@@ -170,7 +170,7 @@ def copies(moe: MixtureOfExperts, parts: int, picks: IntArray | None = None, slo
     """Mean number of equal parts of the experts (nodes, ranks) that one token reaches.
 
     ``picks`` [tokens, k]: what some tokens choose together, of ``slots`` slots in rank order (default: the experts);
-    without them all experts are alike.
+    without them all experts are alike and, under a limit on groups, in contiguous order.
     """
     if parts <= 1:
         return 1.0

@@ -147,6 +147,12 @@ class MixtureOfExperts(Contract):
     capacity_group_tokens: Whole | None = described(
         "Tokens that shared one capacity in the original training.", unit="tokens", example=8192, default=None
     )
+    capacity_over: Literal["expert", "device"] = described(
+        "What a capacity limited in the original training: each expert, or the sum over the experts of a device (one "
+        "of `router.groups`; DeepSeek-V2).",
+        example="device",
+        default="expert",
+    )
 
     @property
     def shared_ffn_size(self) -> int:

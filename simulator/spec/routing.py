@@ -13,6 +13,7 @@ from simulator.spec.fields import (
     Fraction,
     NonNegative,
     Positive,
+    PositiveFraction,
     ProperFraction,
     Sigma,
     Whole,
@@ -37,7 +38,7 @@ class HotExperts(Contract):
 class Growth(Contract):
     """Popularity that builds up as favoured experts learn faster: logistic from a small start to `population`."""
 
-    start: Positive = described("Share of `population` at step 0.", example=0.05, default=0.05)
+    start: PositiveFraction = described("Share of `population` at step 0.", example=0.05, default=0.05)
     steps: Positive = described(
         "Time constant: steps in which a small popularity grows by e.", unit="steps", example=100
     )
@@ -86,7 +87,10 @@ class DirichletLoad(Contract):
 
 
 class ReplayLoad(Contract):
-    """Recorded counts [step, layer, expert], scaled to the tokens of the scenario."""
+    """Recorded counts [step, layer, expert], scaled to the tokens of the scenario.
+
+    Recorded steps stand for microbatches, of more steps evenly spaced ones; the layers of an encoder come first.
+    """
 
     kind: Literal["replay"] = described("Load model.", example="replay")
     file: str = described(
@@ -118,7 +122,8 @@ class Placement(Contract):
     """Which rank holds which expert."""
 
     kind: Literal["contiguous", "balanced"] = described(
-        "contiguous: by number; balanced: packed by expected load, heaviest first.",
+        "contiguous: by number; balanced: packed by expected load, heaviest first; a recording of several steps shows "
+        "the first half of them beforehand and runs the others.",
         example="balanced",
         default="contiguous",
     )
@@ -150,6 +155,12 @@ class Routing(Contract):
         example="group",
         default="group",
     )
+    capacity_over: Literal["model", "expert", "device"] = described(
+        "What a capacity limits: each expert, or the sum over the experts of a device (one of "
+        "`model.moe.router.groups`; 2405.04434); model = as the preset's training did.",
+        example="device",
+        default="model",
+    )
     capacity_counts_top_k: Flag = described(
         "Capacity = factor x tokens x top_k / experts (else without top_k).", example=True, default=True
     )
@@ -167,7 +178,11 @@ class Routing(Contract):
     exempt_sequence_fraction: Fraction = described(
         "Sequences whose tokens are never dropped.", example=0.1, default=0.0
     )
-    load: Load = described("How the load is distributed.", example={"kind": "balanced"}, default=BalancedLoad)
+    load: Load = described(
+        "How the load is distributed; a hash router's is that of its table instead of a balanced one.",
+        example={"kind": "balanced"},
+        default=BalancedLoad,
+    )
     balance: tuple[Remedy, ...] = described(
         "Balancing mechanisms that act on `load`.", example=[{"kind": "bias"}], default=()
     )

@@ -70,6 +70,18 @@ def test_groups_that_do_not_divide_over_nodes_are_ignored() -> None:
     assert ignored.expert_of_slot.tolist() == alone.expert_of_slot.tolist()
 
 
+def test_blocks_that_are_even_already_stay_in_order() -> None:
+    """Nothing is gained by moving equal experts; a layer whose blocks differ is packed, the layer beside it is not."""
+    loads = np.ones((3, 12))
+    loads[1] = [1, 2, 3, 3, 2, 1, 2, 2, 2, 6, 0, 0]  # uneven experts in even blocks
+    loads[2, :3] = 9
+    plan = balanced(loads, 4)
+
+    assert plan.expert_of_slot[:2].tolist() == [list(range(12))] * 2
+    assert plan.expert_of_slot[2].tolist() != list(range(12))
+    assert (plan.in_order, balanced(loads[:2], 4).in_order) == (False, True)
+
+
 # Rows
 
 

@@ -25,7 +25,7 @@ from simulator.routing.load import draw, in_proportion, inclusion
 from simulator.routing.tendencies import Tendencies
 from simulator.routing.tokens import block
 from simulator.routing.traffic import copies_by_tier
-from simulator.spec import Scenario, load_scenario
+from simulator.spec import Scenario, load_model, load_scenario
 from simulator.spec.model import Router
 
 Counts = npt.NDArray[np.int64]
@@ -183,6 +183,28 @@ def test_slots_of_one_expert(arguments: tuple[float, int, int, int], expected: i
 def test_capacity_may_leave_top_k_out() -> None:
     """GShard's factor of 2 for top-2 is a factor of 1 times top_k."""
     assert capacities.slots(2.0, 4096, 2, 64, counts_top_k=False) == capacities.slots(1.0, 4096, 2, 64) == 128
+
+
+@pytest.mark.parametrize(
+    ("options", "processed", "computed", "drops"),
+    [
+        ({"capacity": 12}, [8, 4, 1, 2], [8, 4, 1, 2], [4, 2, 0, 0]),
+        ({"capacity": 12, "pad": True}, [8, 4, 1, 2], [8, 4, 5, 7], [4, 2, 0, 0]),
+        ({"capacity": 12, "overflow": "reroute"}, [8, 4, 4, 5], [8, 4, 4, 5], [0, 0, 0, 0]),
+        ({"capacity": 9, "overflow": "reroute"}, [6, 3, 4, 5], [6, 3, 4, 5], [2, 1, 0, 0]),
+        ({"capacity": 12, "exempt": 0.5}, [10, 5, 1, 2], [10, 5, 1, 2], [2, 1, 0, 0]),
+        ({"capacity": 12, "overflow": "none"}, [12, 6, 1, 2], [12, 6, 1, 2], [0, 0, 0, 0]),
+    ],
+)
+def test_two_devices_of_two_experts_share_a_capacity(
+    options: dict[str, Any], processed: list[int], computed: list[int], drops: list[int]
+) -> None:
+    """18 assignments meet 12 slots: both experts lose a third. What comes from elsewhere is shared evenly."""
+    outcome = capacities.apply(np.array([12, 6, 1, 2]), options.pop("capacity"), holders=2, **options)
+
+    assert outcome.processed.tolist() == processed
+    assert outcome.computed.tolist() == computed
+    assert outcome.dropped.tolist() == drops
 
 
 LOADS: Counts = np.array([[10, 0, 3, 7], [5, 5, 5, 5]])
@@ -428,12 +450,11 @@ def test_without_drops_the_profile_is_zero() -> None:
 
 @pytest.mark.parametrize("order", ["arrival", "score", "random"])
 def test_with_one_choice_a_dropped_assignment_is_a_lost_token(order: str) -> None:
-    """Within 15 %: lost tokens are counted on 2048 tokens of the first microbatch."""
     one = {"model.moe.top_k": 1, "routing.capacity_factor": 1.0, "routing.drop_order": order}
     load = load_of(small(**one))
 
     assert load.dropped_fraction > 0.1
-    assert load.lost_fraction == pytest.approx(load.dropped_fraction, rel=0.15)
+    assert load.lost_fraction == pytest.approx(load.dropped_fraction)
 
 
 def test_tokens_that_arrive_late_lose_both_experts() -> None:
@@ -451,7 +472,8 @@ def test_tokens_that_arrive_late_lose_both_experts() -> None:
     assert arrival.lost_fraction == pytest.approx(lost / tokens, rel=0.1)
     assert random.lost_fraction == pytest.approx(0.3**2, rel=0.1)
     assert arrival.dropped_fraction == random.dropped_fraction
-    assert load_of(small(**even, **{"routing.overflow": "reroute"})).lost_fraction == 0.0
+    rerouted = load_of(small(**even, **{"routing.overflow": "reroute"}))  # once all are full, a token loses both
+    assert rerouted.lost_fraction == pytest.approx(rerouted.dropped_fraction, rel=0.15)
 
 
 # Placement
@@ -483,6 +505,28 @@ def test_documents_cannot_be_placed_for() -> None:
 
     assert packed.rank_max_over_mean == pytest.approx(by_number.rank_max_over_mean, rel=0.1)
     assert packed.rank_max_over_mean > 1.2
+
+
+def test_a_placement_after_a_recording_knows_the_steps_before(tmp_path: Any) -> None:
+    """Other experts are busy in the second half: packed after the first half, the placement is none the wiser.
+
+    In a recording of one step it knows what it is judged on.
+    """
+    rng, file = np.random.default_rng(2), str(tmp_path / "loads.npz")
+    first, second = rng.integers(10, 60, (2, 1, 4, 16))
+
+    def packed(*steps: Counts) -> ExpertLoad:
+        np.savez(file, np.concatenate(steps))
+        replay = {"routing.load": {"kind": "replay", "file": file}, "routing.placement": {"kind": "balanced"}}
+        return load_of(small(**replay))
+
+    changing, steady, single = packed(first, first, second, second), packed(first, first), packed(second)
+
+    assert (changing.assigned == single.assigned).all()
+    assert (changing.placement.expert_of_slot == steady.placement.expert_of_slot).all()
+    assert steady.rank_max_over_mean < 1.01
+    assert single.rank_max_over_mean < 1.01
+    assert changing.rank_max_over_mean > 1.05
 
 
 @pytest.mark.parametrize(
@@ -559,7 +603,7 @@ def test_a_remedy_is_looked_at_on_its_way() -> None:
 
     assert busiest[0] > busiest[1] > busiest[2]
     assert busiest[0] == pytest.approx(load_of(small(**{**popular, "routing.balance": []})).max_over_mean, rel=0.06)
-    assert busiest[3] == pytest.approx(busiest[2], rel=0.02)
+    assert busiest[3] == pytest.approx(busiest[2], rel=0.06)  # two moments of a bias that swings
 
 
 def test_the_states_of_training_are_told_without_drawing_counts() -> None:
@@ -652,6 +696,113 @@ def test_hot_experts_on_one_rank_are_reached_with_fewer_copies() -> None:
 
     assert packed.picks.shape == (4 * 2048, 2)
     assert copies_[0] < copies_[1]
+
+
+@pytest.mark.parametrize(("groups", "tokens"), [(2, "auto"), (4, "auto"), (24, "auto"), (2, 3072)])
+def test_a_wider_capacity_meets_the_documents_of_all_who_share_it(groups: int, tokens: int | str) -> None:
+    """Against all expert groups drawn one by one: what single groups prefer evens out, the more of them the more.
+
+    24 groups are more than are drawn apart. 3072 tokens are one group and half of another.
+    """
+    drops = []
+    for seed in range(6):
+        changes = {
+            "cluster.accelerators": 4 * groups,
+            "training.global_batch_sequences": 32 * groups,
+            "routing.load": {"kind": "logits", "domain": 1.0},
+            "routing.capacity_factor": 1.25,
+            "routing.capacity_scope": "global",
+            "routing.capacity_group_tokens": tokens,
+            "routing.seed": seed,
+        }
+        drops.append(load_of(small(**changes)).dropped_fraction)
+    rng = np.random.default_rng(5)
+    tendencies = Tendencies(np.zeros((4, 16)), 2, domain=1.0)
+    sizes = np.full((groups, 1, 1), 2048) if tokens == "auto" else np.array([2048, 1024])[:, None, None]
+    limit = capacities.slots(1.25, int(sizes.sum()), 2, 16)
+    expected = []
+    for _ in range(80):
+        chances = np.concatenate([tendencies.chances(1, size / 512, rng) for size in sizes.ravel()])
+        expected.append(dropped(draw(chances, sizes, 2, rng).sum(0), limit).mean())
+
+    assert np.mean(drops) == pytest.approx(np.mean(expected), rel=0.12, abs=2e-4)
+
+
+def test_a_wider_capacity_loses_no_assignment_between_the_groups() -> None:
+    """What is rerouted is computed, what is dropped is told by position too."""
+    for overflow in ("drop", "reroute", "none"):
+        load = load_of(
+            small(
+                **{
+                    "routing.load": {"kind": "logits", "domain": 1.0, "population": 0.5},
+                    "routing.capacity_factor": 0.8,
+                    "routing.capacity_scope": "global",
+                    "routing.overflow": overflow,
+                }
+            )
+        )
+        assert load.drop_profile.mean() == pytest.approx(load.dropped_fraction)
+        if overflow == "reroute":
+            assert load.dropped_fraction == pytest.approx(0.2, abs=0.06)
+            assert (load.processed > load.assigned).any()
+
+
+def test_a_dropless_training_is_evaluated_in_capacity_groups_of_the_stated_size() -> None:
+    """32 groups of 64 tokens drop what 64 tokens drop, not what 2048 do."""
+    changes = {
+        "routing.load": {"kind": "balanced"},
+        "routing.capacity_factor_evaluation": 1.0,
+        "routing.capacity_group_tokens": 64,
+    }
+    load = load_of(small(**changes))
+
+    assert load.dropped_fraction == 0.0
+    assert load.dropped_fraction_evaluation == pytest.approx(balanced_drop(64, 16, 2, 1.0), rel=0.03)
+
+
+def test_a_small_share_of_a_large_overflow_is_not_rounded_away() -> None:
+    """An expert group with 10 of each expert's 1000 assignments, of which 20 are dropped: 0.2 of each, 3 of 16."""
+    whole = np.full(16, 1000)
+    found = capacities.in_part(np.full(16, 10), whole, capacities.apply(whole, 980))
+
+    assert (found.processed.sum(), found.dropped.sum()) == (157, 3)
+
+
+# Capacity of devices
+
+
+DEVICES: dict[str, Any] = {"model.moe.router.groups": 4, "routing.capacity_factor": 1.0}
+
+
+def test_a_capacity_of_devices_drops_what_their_sums_exceed() -> None:
+    """DeepSeek-V2's token dropping (arXiv 2405.04434, section 2.2.4): experts of a device make up for each other."""
+    by_expert, by_device = (
+        load_of(small(**DEVICES, **{"routing.capacity_over": over})) for over in ("expert", "device")
+    )
+    sums = by_device.assigned.reshape(4, 4, 4, 4).sum(-1)
+
+    assert (by_device.assigned == by_expert.assigned).all()
+    assert (by_device.processed.reshape(4, 4, 4, 4).sum(-1) == np.minimum(sums, 2048 * 2 // 4)).all()
+    assert 0.0 < by_device.dropped_fraction < 0.6 * by_expert.dropped_fraction
+    assert by_device.processed.max() > 2048 * 2 // 16
+    assert by_device.drop_profile.mean() == pytest.approx(by_device.dropped_fraction)
+
+
+def test_a_preset_says_what_its_capacity_limits() -> None:
+    preset = {**DEVICES, "model.moe.capacity_over": "device"}
+    as_trained, by_expert, by_device = (
+        load_of(small(**preset, **{"routing.capacity_over": over})) for over in ("model", "expert", "device")
+    )
+
+    assert load_model("deepseek-v2").moe.capacity_over == "device"  # type: ignore[union-attr]
+    assert everything(as_trained) == everything(by_device) != everything(by_expert)
+
+
+def test_a_router_without_groups_has_no_devices() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        load_of(small(**{"routing.capacity_factor": 1.0, "routing.capacity_over": "device"}))
+
+    assert "routing.capacity_over: a device is one of model.moe.router.groups" in str(caught.value)
 
 
 def test_a_capacity_of_one_rank_meets_the_documents_of_that_rank_alone() -> None:
