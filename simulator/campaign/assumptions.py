@@ -118,7 +118,10 @@ def _replayed(scenario: Scenario, steps: int, drawn: int) -> Iterator[str]:
     used = f"{drawn} of {run} recorded steps, evenly spaced," if run > drawn else f"{run} recorded steps"
     again = f", repeated over {drawn}" if run < drawn else ""
     before = f"; experts are placed after the {known} steps before" if known else ""
-    yield f"{used} stand for the microbatches{again}{before}"
+    if run == 1:
+        yield f"one recorded step stands for every microbatch{before}"
+    else:
+        yield f"{used} stand for the microbatches{again}{before}"
     if not known and scenario.routing.placement.kind == "balanced":
         yield "experts are placed after the very step that is run, the only one recorded: no placement does better"
 

@@ -1,12 +1,15 @@
-"""Lists of what ships: model presets with their counts, hardware profiles with their sources."""
+"""Lists of what ships: model presets with their counts, hardware profiles with their sources, as data and as tables."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from simulator.report.tables import number
+from rich.console import RenderableType
+
+from simulator.report.tables import new_table, number, pairs_table, titled
 from simulator.spec import load_model, load_profile
-from simulator.spec.fields import Contract, Sourced
+from simulator.spec.fields import sourced_numbers
 from simulator.workload import parameters
 
 
@@ -38,17 +41,40 @@ def model_row(preset: str) -> dict[str, Any]:
     return row
 
 
-def parameter_rows(preset: str) -> list[tuple[str, ...]]:
+def models_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Computed against published parameter counts."""
+    table = new_table(
+        "preset", "total", "published", "error", "active",
+        "no input table", "non-embedding", "published", "error", "convention",
+    )  # fmt: skip
+    for row in rows:
+        table.add_row(
+            row["preset"],
+            number(row["total"], ""),
+            number(row["published_total"], "") if row["published_total"] else "",
+            f"{row['total_error_percent']:+.2f} %" if row["total_error_percent"] is not None else "",
+            number(row["active"], ""),
+            number(row["active_excl_input_embedding"], ""),
+            number(row["non_embedding_active"], ""),
+            number(row["published_active"], "") if row["published_active"] else "",
+            f"{row['active_error_percent']:+.1f} %" if row["active_error_percent"] is not None else "",
+            row["active_convention"] or "",
+        )
+    return titled("Model presets: parameters computed from the op list against published", table)
+
+
+def parameters_table(preset: str) -> RenderableType:
     """Parameters of one preset by family: total and active."""
     counts = parameters.count(load_model(preset))
-    return [(name, number(value, ""), number(counts.active.get(name, 0.0), "")) for name, value in counts.total.items()]
+    rows = [(name, number(value, ""), number(counts.active.get(name, 0.0), "")) for name, value in counts.total.items()]
+    return pairs_table(f"{preset}: parameters by family", rows, "term", "total", "active")
 
 
-def profile_row(name: str) -> dict[str, Any]:
+def profile_row(name: str) -> dict[str, str]:
     """One line about a profile."""
     profile = load_profile(name)
     chip = profile.accelerator
-    kinds = [leaf.kind for _, leaf in numbers(profile)]
+    kinds = [leaf.kind for _, leaf in sourced_numbers(profile)]
     return {
         "name": name,
         "bf16": number(chip.peak["bf16"].value, "FLOP/s"),
@@ -62,25 +88,16 @@ def profile_row(name: str) -> dict[str, Any]:
     }
 
 
-def profile_numbers(name: str) -> list[tuple[str, ...]]:
+def profiles_table(rows: Sequence[Mapping[str, str]]) -> RenderableType:
+    """One line for each profile."""
+    return pairs_table("Hardware profiles", [tuple(row.values()) for row in rows], *rows[0])
+
+
+def profile_table(name: str) -> RenderableType:
     """Every number of a profile: path, value, kind, error, source."""
     profile = load_profile(name)
     rows: list[tuple[str, ...]] = []
-    for path, leaf in numbers(profile):
+    for path, leaf in sourced_numbers(profile):
         shown = leaf.model_dump(mode="json")["value"]
         rows.append((path, str(shown), leaf.kind, leaf.error or "", profile.sources[leaf.source]))
-    return rows
-
-
-def numbers(node: object, path: str = "") -> list[tuple[str, Sourced[Any]]]:
-    """Leaves of a contract that carry a provenance, by dotted path."""
-    if isinstance(node, Sourced):
-        return [(path, node)]
-    children: list[tuple[str, object]] = []
-    if isinstance(node, Contract):
-        children = [(name, getattr(node, name)) for name in type(node).model_fields]
-    elif isinstance(node, dict):
-        children = list(node.items())
-    elif isinstance(node, tuple):
-        children = [(getattr(value, "name", str(index)), value) for index, value in enumerate(node)]
-    return [leaf for name, value in children for leaf in numbers(value, f"{path}.{name}" if path else str(name))]
+    return pairs_table(f"{name}: every number and its source", rows, "path", "value", "kind", "error", "source")

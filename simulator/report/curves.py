@@ -2,7 +2,7 @@
 
 Rows are mappings with ``changes`` (dotted path to value) and keys of an estimate. With several axes the first is the
 abscissa and every combination of the others is a curve; an axis ``model`` gives every model a figure of its own. Rows
-that do not share their axes, such as named variants, are drawn as bars.
+that do not share their axes, such as named variants, are drawn as bars. What is 0 in every row has no panel.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from simulator.events import WAITING
-from simulator.report.families import MODEL_AXIS, Row, row_labels, shared_axes, shown
+from simulator.report.families import MODEL_AXIS, Row, last_name, row_labels, shared_axes, shown
 from simulator.report.style import BLUE, GIB, GREY, QUALITATIVE, styled
 from simulator.study import brief
 
@@ -54,7 +54,8 @@ def sweep_figure(rows: Sequence[Row]) -> go.Figure:
     if fixed and not axes:
         axes, fixed = fixed[:1], fixed[1:]
     labels = row_labels(rows) if axes is None else _categories(varied, axes[0])
-    panels = [*PANELS, *([PARAMETERS] if len({_value(row, PARAMETERS) for row in rows}) > 1 else [])]
+    panels = [panel for panel in PANELS if any(_value(row, panel) for row in rows)]
+    panels += [PARAMETERS] if len({_value(row, PARAMETERS) for row in rows}) > 1 else []
     lines = -(-len(panels) // _COLUMNS)
     figure = make_subplots(
         rows=lines,
@@ -136,25 +137,35 @@ def _add_bars(figure: go.Figure, rows: Sequence[Row], panel: Panel, where: dict[
 def _add_curves(
     figure: go.Figure, rows: Sequence[Row], axes: list[str], panel: Panel, where: dict[str, int], *, legend: bool
 ) -> None:
-    """One curve for every combination of the axes after the first; numbers in order, then what is no number."""
+    """One curve for every combination of the axes after the first; numbers in order, then what is no number.
+
+    Curves that differ in the last axis also differ in dashes and markers: where they coincide both are seen.
+    """
     axis, others = axes[0], axes[1:]
     rows, numeric = _in_order(rows, axis), not _categories(rows, axis)
     at = [row["changes"][axis] if numeric else shown(row["changes"][axis], axis) for row in rows]
     series: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
-        name = ", ".join(f"{html.escape(path)} = {shown(row['changes'][path], path)}" for path in others)
+        name = ", ".join(f"{last_name(path, others)} = {shown(row['changes'][path], path)}" for path in others)
         series.setdefault(name, []).append(index)
+    last = list(dict.fromkeys(brief(row["changes"][others[-1]]) for row in rows)) if len(others) > 1 else []
     active = PARAMETERS._replace(key="parameters_active")
     drawn = [("solid", panel), ("dot", active)] if panel is PARAMETERS else [("solid", panel)]
     for number, (name, members) in enumerate(series.items()):
+        again = bool(last) and brief(rows[members[0]]["changes"][others[-1]]) != last[0]
         for dash, each in drawn:
             figure.add_scatter(
                 x=[at[index] for index in members],
                 y=[_value(rows[index], each) for index in members],
                 name=name,
                 mode="lines+markers",
-                line={"color": QUALITATIVE[number % len(QUALITATIVE)], "width": 2, "dash": dash},
-                marker={"size": 7},
+                line={
+                    "color": QUALITATIVE[number % len(QUALITATIVE)],
+                    "width": 2,
+                    "dash": "dash" if again and dash == "solid" else dash,
+                },
+                marker={"size": 8 if again else 7, "symbol": "circle-open" if again else "circle"},
+                cliponaxis=False,
                 legendgroup=name,
                 showlegend=bool(others) and legend,
                 hovertemplate=f"{name or 'value'}: %{{y:.4g}} at %{{x}}"
@@ -181,7 +192,7 @@ def _add_names(figure: go.Figure, names: Sequence[str], where: dict[str, int], *
     """Name the places of a category axis; long names only under the lowest panel. Gives the height that they need."""
     longest = max(len(name) for name in names)
     tilted = len(names) > _UPRIGHT and longest > 4
-    lines = list(names) if tilted else ["<br>".join(textwrap.wrap(name, 48 // len(names))) for name in names]
+    lines = list(names) if tilted else ["<br>".join(textwrap.wrap(name, 44 // len(names))) for name in names]
     figure.update_xaxes(
         type="category",
         categoryorder="array",

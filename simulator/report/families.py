@@ -65,6 +65,17 @@ def shown(value: Any, path: str = "") -> str:
     return html.escape(brief(value, path))
 
 
+def last_name(path: str, others: Sequence[str]) -> str:
+    """The last part of a dotted path, safe to show; the whole path where another one ends alike.
+
+    >>> last_name("routing.load.population", ["routing.pad_to_capacity", "routing.load.population"])
+    'population'
+    """
+    last = path.rsplit(".", 1)[-1]
+    alone = sum(other.rsplit(".", 1)[-1] == last for other in others) <= 1
+    return html.escape(last if alone else path)
+
+
 def _by_model(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows of each value of the axis ``model``."""
     found: dict[str, list[Row]] = {}

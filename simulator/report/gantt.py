@@ -40,7 +40,8 @@ PAIRS, MOST_OPS, MOST_RANKS, MOST_BINS = 2.2, 60, 12, 500
 """Chunk pairs, compute ops per rank and ranks that a window shows; bins of the overview."""
 
 _HEIGHT = {COMPUTE: 1.0, EXPERT: 0.75}
-_THIN, _SPACE = 0.3, 0.55
+_THIN, _SPACE = 0.45, 0.55
+_ROW_NAMES = {EXPERT: "all-to-all", PIPELINE: "send"}
 
 
 def steady_window(timeline: Timeline, pairs: float = PAIRS) -> tuple[float, float]:
@@ -102,7 +103,7 @@ def timeline_figure(timeline: Timeline, window: tuple[float, float] | None = Non
         ticktext=list(ticks.values()),
         range=[height, -_SPACE],
         showgrid=False,
-        tickfont={"size": 11},
+        tickfont={"size": 10},
     )
     return figure
 
@@ -172,8 +173,8 @@ def _rows(
             rows[rank, stream] = (top + size / 2, size)
             if stream == COMPUTE:
                 ticks[top + size / 2] = f"<b>rank {rank}</b>  compute"
-            elif stream == EXPERT:
-                ticks[top + size / 2] = "all-to-all"
+            else:
+                ticks[top + size / 2] = _ROW_NAMES.get(stream, STREAMS[stream])
             top += size + 0.06
         top += _SPACE
     return rows, ticks, top

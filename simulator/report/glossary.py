@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class Meaning(NamedTuple):
@@ -113,6 +112,10 @@ TERMS: dict[str, Meaning] = {
     "router": Meaning("Router logits and top-k.", "GEMM curve in the router's format, memory curve"),
     "permute": Meaning("Tokens sorted by expert and back.", "memory curve, permute fraction"),
     "norm": Meaning("Norms.", "memory curve"),
+    "cast": Meaning(
+        "Operands of FP8 products cast with their scales: inputs and gradients by rows, for the weights by columns.",
+        "quantize_passes of the profile x bytes moved, 3 to 4 an element (arXiv 2412.19437, section 3.3.2)",
+    ),
     "elementwise": Meaning("Residuals, rotary positions.", "memory curve"),
     "embedding": Meaning("Table look-up.", "memory curve"),
     "lm_head": Meaning("Output head and loss.", "GEMM and memory curves"),
@@ -180,42 +183,3 @@ def known_terms() -> dict[str, Meaning]:
 def meaning_of(name: str) -> Meaning | None:
     """Meaning of a key, of a term of the step, or of a term of the memory (saved_expert, weights_dense, ...)."""
     return known_terms().get(name) or MEMORY.get(name.split("_")[0])
-
-
-def explained(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """One number of an estimate (``values``: its plain data) with its meaning, formula, source and terms."""
-    step, held = values["step_breakdown_s"], values["memory_breakdown_bytes"]
-    value = values.get(name) if name in KEYS else step.get(name, held.get(name, 0.0))
-    opened = {
-        "gpu_hours": values["gpu_hours_by_phase"],
-        "step_time_s": step,
-        "memory_peak_bytes": held,
-        "exposed_communication_s": {k: v for k, v in step.items() if k.startswith("exposed_")},
-        "all_to_all_bytes_per_token": values["all_to_all_bytes_per_token_by_tier"],
-    }
-    if isinstance(value, list):  # equal parts of a whole
-        width = 100 // max(1, len(value))
-        opened[name] = {f"{width * part} to {width * (part + 1)} %": share for part, share in enumerate(value)}
-    terms = value if isinstance(value, dict) else opened.get(name, {})
-    unit = (
-        "s"
-        if name.endswith("_s") or name in TERMS
-        else "B"
-        if "bytes" in name or name in held
-        else _UNITS.get(name, "")
-    )
-    shown = "" if value is None or isinstance(value, dict | list) else f"{value} {unit}".strip()
-    meaning = meaning_of(name)
-    assert meaning is not None  # the caller has checked the name
-    return {"name": name, "value": value, "shown": shown, "unit": unit, **meaning._asdict(), "terms": terms}
-
-
-_UNITS = {
-    "gpu_hours": "GPU-hours",
-    "days": "days",
-    "cost_usd": "USD",
-    "tokens_per_s_per_accelerator": "tokens/s",
-    "model_flop_per_token": "FLOP",
-    "model_flop_per_token_noncausal": "FLOP",
-    "mfu_peak_flop_per_s": "FLOP/s",
-}

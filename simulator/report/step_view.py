@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from rich.console import Group, RenderableType
-from rich.padding import Padding
+from rich.console import RenderableType
 from rich.text import Text
 
 from simulator.campaign import Step
 from simulator.events import ACTIONS, action_ledger, bubbles, by_action, critical_path
-from simulator.report.tables import GIB, number, pairs_table
+from simulator.report.tables import GIB, number, pairs_table, stacked
 
 
 def step_values(step: Step) -> dict[str, Any]:
@@ -45,7 +44,7 @@ def step_values(step: Step) -> dict[str, Any]:
 
 def step_view(step: Step) -> RenderableType:
     """What ``moesim step`` prints."""
-    return Group(*(Padding(part, (0, 0, 1, 0)) for part in (_terms(step), _ranks(step), _notes(step))))
+    return stacked((_terms(step), _ranks(step), _notes(step)))
 
 
 def _terms(step: Step) -> RenderableType:

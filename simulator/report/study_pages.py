@@ -52,7 +52,7 @@ def study_section(rows: Sequence[Row]) -> str:
         "active",
     )
     drawn = [figure(sweep_figure(family), f"study{index}") for index, family in enumerate(families(rows))]
-    note = "The same scenario with other choices, on the same draw of expert loads. A dotted line is the base."
+    note = "The same scenario with other choices, on the same draw of expert loads. A grey dotted line is the base."
     return section("Variants and sweeps", note, *drawn, table(heads, "lrrrrrrrr", body))
 
 

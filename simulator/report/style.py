@@ -160,21 +160,15 @@ def styled(figure: go.Figure, title: str, *, height: int, **layout: Any) -> go.F
         hoverlabel={"font": {"family": FONT, "size": 12}, "bgcolor": "white"},
         legend={"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom", "traceorder": "normal"},
     )
-    figure.update_xaxes(
-        gridcolor="#ECEEF0",
-        zeroline=False,
-        linecolor="#C8CCD0",
-        ticks="",
-        automargin=True,
-        title={"standoff": 8, "font": {"size": 13}},
-    )
-    figure.update_yaxes(
-        gridcolor="#ECEEF0",
-        zeroline=False,
-        linecolor="#C8CCD0",
-        ticks="",
-        automargin=True,
-        title={"standoff": 8, "font": {"size": 13}},
-    )
+    axis = {
+        "gridcolor": "#ECEEF0",
+        "zeroline": False,
+        "linecolor": "#C8CCD0",
+        "ticks": "",
+        "automargin": True,
+        "title": {"standoff": 8, "font": {"size": 13}},
+    }
+    figure.update_xaxes(**axis)
+    figure.update_yaxes(**axis)
     figure.update_layout(**layout)
     return figure

@@ -1,7 +1,7 @@
 """Recorded loads: counts [step, layer, expert] from a CSV or npz file, in place of a load model.
 
-Only the relative load counts: each (step, layer) is scaled to the tokens of the scenario. Steps are taken as
-microbatches, in order and repeated as needed.
+Only the relative load counts: each (step, layer) is scaled to the tokens of the scenario. Recorded steps stand for
+microbatches, and layers for the MoE layers of the model, those of an encoder first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from simulator import errors
 from simulator.errors import Origin
-from simulator.routing.load import FloatArray
+from simulator.routing.load import FloatArray, IntArray
 from simulator.spec.library import data_folder, exists
 from simulator.spec.routing import ReplayLoad
 from simulator.units import shown
@@ -31,21 +31,23 @@ _SLACK = 1.05
 """Recorded loads may exceed the ceiling E / k by rounding and reading error, not by more."""
 
 
-def recorded(load: ReplayLoad, layers: int, experts: int, top_k: int, *, mtp: int = 0) -> FloatArray:
+def recorded(load: ReplayLoad, layers: int, experts: int, top_k: int, *, encoder: int = 0, mtp: int = 0) -> FloatArray:
     """Chances of the experts [steps, layers, experts] that a recording states; rows sum to top_k.
 
-    A file may lack the layers of the ``mtp`` MTP modules, the last ones: its last layer then stands for them.
+    ``layers``: MoE layers of the model, of which the first ``encoder`` belong to an encoder and the last ``mtp`` to
+    MTP modules. A file may lack those of MTP modules: its last layer then stands for them.
 
     Raises:
         InvalidInput: no such file, not a recording, or one of other layers, experts or top_k.
     """
     file = _find(load.file)
-    counts = _read(str(file), file.stat().st_mtime_ns, tuple(sorted(load.where.items())))
+    counts = _counts(load, file)
     _, found_layers, found_experts = counts.shape
     if found_experts != experts:
         _stop(file, f"holds loads of {found_experts} experts, but the model has {experts}")
     if found_layers not in (layers, layers - mtp):
-        more = f", {mtp} of them of MTP modules" if mtp else ""
+        parts = ((encoder, "the encoder, which come first"), (mtp, "MTP modules"))
+        more = "".join(f", {count} of them of {part}" for count, part in parts if count)
         _stop(file, f"holds loads of {found_layers} layers, but the model has {layers} MoE layers{more}")
     counts = np.concatenate([counts, *[counts[:, -1:]] * (layers - found_layers)], axis=1)
     counts = counts / np.maximum(counts.max(-1, keepdims=True), 1e-300)
@@ -65,6 +67,24 @@ def recorded(load: ReplayLoad, layers: int, experts: int, top_k: int, *, mtp: in
     return np.asarray(np.minimum(chances, 1.0))
 
 
+def recorded_steps(load: ReplayLoad) -> int:
+    """Steps that a recording holds."""
+    return len(_counts(load, _find(load.file)))
+
+
+def steps_as_microbatches(steps: int, microbatches: int) -> IntArray:
+    """Recorded step that stands for each microbatch [microbatches].
+
+    In order and repeated as needed; of more steps than microbatches those are taken that are evenly spaced, so that
+    the whole recording counts and not its beginning.
+
+    >>> steps_as_microbatches(2, 5).tolist(), steps_as_microbatches(10, 4).tolist()
+    ([0, 1, 0, 1, 0], [0, 2, 5, 7])
+    """
+    each = np.arange(microbatches)
+    return each * steps // microbatches if steps > microbatches else each % steps
+
+
 def _find(name: str) -> Path:
     for candidate in (Path(name), data_folder("scenarios") / name):
         if exists(candidate):
@@ -80,6 +100,10 @@ def _find(name: str) -> Path:
 def _check_size(file: Path, size: int) -> None:
     if size > MAX_BYTES:
         _stop(file, f"has {size / 1e6:.0f} MB; at most {MAX_BYTES / 1e6:.0f} MB are read")
+
+
+def _counts(load: ReplayLoad, file: Path) -> FloatArray:
+    return _read(str(file), file.stat().st_mtime_ns, tuple(sorted(load.where.items())))
 
 
 @lru_cache(maxsize=8)

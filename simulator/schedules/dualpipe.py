@@ -18,9 +18,10 @@ Sources: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.2.1 and Tabl
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass, field
 
 from simulator.schedules.actions import Action, Overlapped, Schedule, Step
-from simulator.schedules.writing import Lane, require, require_sizes
+from simulator.schedules.writing import Lane, rank_by_rank, require, require_sizes
 
 
 def dualpipe(ranks: int, microbatches: int) -> Schedule:
@@ -41,19 +42,12 @@ def dualpipe(ranks: int, microbatches: int) -> Schedule:
     half = microbatches // 2
     from_rank_0, from_last_rank = range(half), range(half, microbatches)
 
-    def steps(rank: int) -> tuple[Step, ...]:
+    def steps(rank: int) -> list[Step]:
         down, up = Lane(rank, from_rank_0), Lane(ranks - 1 - rank, from_last_rank)
         own, other = (down, up) if rank < ranks // 2 else (up, down)
-        return _eight_steps(own, other, depth=ranks // 2, from_end=min(rank, ranks - 1 - rank), lane_length=half)
+        return _EightSteps(own, other, ranks // 2, min(rank, ranks - 1 - rank), half).written()
 
-    return Schedule(
-        name="dualpipe",
-        ranks=ranks,
-        stages=ranks,
-        microbatches=microbatches,
-        steps=tuple(steps(rank) for rank in range(ranks)),
-        placement=tuple((rank, ranks - 1 - rank) for rank in range(ranks)),
-    )
+    return rank_by_rank("dualpipe", microbatches, [(rank, ranks - 1 - rank) for rank in range(ranks)], steps)
 
 
 def dualpipev(ranks: int, microbatches: int) -> Schedule:
@@ -73,78 +67,97 @@ def dualpipev(ranks: int, microbatches: int) -> Schedule:
         f"dualpipev needs at least 2 microbatches per rank; got {microbatches} microbatches on {ranks} ranks",
     )
 
-    def steps(rank: int) -> tuple[Step, ...]:
+    def steps(rank: int) -> list[Step]:
         own, other = (Lane(stage, range(microbatches)) for stage in (rank, 2 * ranks - 1 - rank))
-        return _eight_steps(own, other, depth=ranks, from_end=rank, lane_length=microbatches)
+        return _EightSteps(own, other, ranks, rank, microbatches).written()
 
-    return Schedule(
-        name="dualpipev",
-        ranks=ranks,
-        stages=2 * ranks,
-        microbatches=microbatches,
-        steps=tuple(steps(rank) for rank in range(ranks)),
-        placement=tuple((rank, 2 * ranks - 1 - rank) for rank in range(ranks)),
-    )
+    return rank_by_rank("dualpipev", microbatches, [(rank, 2 * ranks - 1 - rank) for rank in range(ranks)], steps)
 
 
-def _eight_steps(own: Lane, other: Lane, *, depth: int, from_end: int, lane_length: int) -> tuple[Step, ...]:
-    """Write one rank's list in DeepSeek's eight steps.
+@dataclass
+class _EightSteps:
+    """Writes one rank's list in DeepSeek's eight steps.
 
     ``depth`` D is the number of ranks from an entrance to the middle of the pipe (P/2 for DualPipe, P for DualPipeV),
-    ``from_end`` h the rank's distance from its entrance, ``lane_length`` the microbatches of one lane.
+    ``from_end`` h the rank's distance from its entrance, ``lane_length`` N the microbatches of one lane.
     """
-    to_middle = depth - from_end - 1  # D-h-1: ranks between this one and the middle
-    steps: list[Step] = []
-    weights: deque[Action] = deque()  # W passes put off, first in first out over both lanes
 
-    def forward(lane: Lane) -> None:
-        steps.append(lane.take("F"))
+    own: Lane
+    other: Lane
+    depth: int
+    from_end: int
+    lane_length: int
+    steps: list[Step] = field(default_factory=list)
+    weights: deque[Action] = field(default_factory=deque)
+    """W passes put off, first in first out over both lanes."""
 
-    def backward(lane: Lane, *, split: bool = False) -> None:
-        steps.append(action := lane.take("I" if split else "B"))
+    @property
+    def to_middle(self) -> int:
+        """D-h-1: ranks between this one and the middle."""
+        return self.depth - self.from_end - 1
+
+    def written(self) -> list[Step]:
+        """Return the whole list."""
+        self._warm_up()
+        self._steady()
+        self._drain()
+        self._cool_down()
+        return self.steps
+
+    def _warm_up(self) -> None:
+        # Step 1, 2(D-h-1) x F0: fill the own direction.
+        for _ in range(2 * self.to_middle):
+            self._forward(self.own)
+        # Step 2, (h+1) x F0 F1: the other direction has arrived.
+        for _ in range(self.from_end + 1):
+            self._forward(self.own)
+            self._forward(self.other)
+        # Step 3, (D-h-1) x I1 W1 F1: the other direction turns round; its gradient goes on before its weights are done.
+        for _ in range(self.to_middle):
+            self._backward(self.other, split=True)
+            self._weight()
+            self._forward(self.other)
+
+    def _steady(self) -> None:
+        # Step 4, (N-2D+h+1) x F0B1 F1B0, the main step, every forward under a backward. On the two middle ranks (the
+        # last rank of DualPipeV) DeepSeek leaves the very first pair apart: its forward is handed on sooner.
+        for turn in range(self.lane_length - 2 * self.depth + self.from_end + 1):
+            if turn == 0 and self.to_middle == 0:
+                self._forward(self.own)
+                self._backward(self.other)
+            else:
+                self._pair(self.own, self.other)
+            self._pair(self.other, self.own)
+
+    def _drain(self) -> None:
+        # Step 5, (D-h-1) x B1 F1B0: no new microbatch in the own direction.
+        for _ in range(self.to_middle):
+            self._backward(self.other)
+            self._pair(self.other, self.own)
+        # Step 6, (h+1) x B1 B0: only backwards are left; the second half of them keeps its W for later.
+        for turn in range(self.from_end + 1):
+            self._backward(self.other, split=2 * turn >= self.from_end + 1)
+            self._backward(self.own, split=2 * turn + 1 >= self.from_end + 1)
+
+    def _cool_down(self) -> None:
+        # Step 7, (D-h-1) x W I0: weights while the last gradients travel to the entrance.
+        for _ in range(self.to_middle):
+            self._weight()
+            self._backward(self.own, split=True)
+        # Step 8, (h+1) x W: the weights that are still waiting.
+        for _ in range(self.from_end + 1):
+            self._weight()
+
+    def _forward(self, lane: Lane) -> None:
+        self.steps.append(lane.take("F"))
+
+    def _backward(self, lane: Lane, *, split: bool = False) -> None:
+        self.steps.append(action := lane.take("I" if split else "B"))
         if split:
-            weights.append(action._replace(kind="W"))
+            self.weights.append(action._replace(kind="W"))
 
-    def pair(forward_lane: Lane, backward_lane: Lane) -> None:
-        steps.append(Overlapped(forward_lane.take("F"), backward_lane.take("B")))
+    def _pair(self, forward_lane: Lane, backward_lane: Lane) -> None:
+        self.steps.append(Overlapped(forward_lane.take("F"), backward_lane.take("B")))
 
-    def weight() -> None:
-        steps.append(weights.popleft())
-
-    # Step 1, 2(D-h-1) x F0: fill the own direction.
-    for _ in range(2 * to_middle):
-        forward(own)
-    # Step 2, (h+1) x F0 F1: the other direction has arrived.
-    for _ in range(from_end + 1):
-        forward(own)
-        forward(other)
-    # Step 3, (D-h-1) x I1 W1 F1: the other direction turns round; its gradient goes on before its weights are done.
-    for _ in range(to_middle):
-        backward(other, split=True)
-        weight()
-        forward(other)
-    # Step 4, (N-2D+h+1) x F0B1 F1B0, the main step, every forward under a backward. On the two middle ranks (the last
-    # rank of DualPipeV) DeepSeek leaves the very first pair apart, so that its forward is handed on sooner.
-    for turn in range(lane_length - 2 * depth + from_end + 1):
-        if turn == 0 and to_middle == 0:
-            forward(own)
-            backward(other)
-        else:
-            pair(own, other)
-        pair(other, own)
-    # Step 5, (D-h-1) x B1 F1B0: no new microbatch in the own direction.
-    for _ in range(to_middle):
-        backward(other)
-        pair(other, own)
-    # Step 6, (h+1) x B1 B0: only backwards are left; the second half of them keeps its W for later.
-    for turn in range(from_end + 1):
-        backward(other, split=2 * turn >= from_end + 1)
-        backward(own, split=2 * turn + 1 >= from_end + 1)
-    # Step 7, (D-h-1) x W I0: weights while the last gradients travel to the entrance.
-    for _ in range(to_middle):
-        weight()
-        backward(own, split=True)
-    # Step 8, (h+1) x W: the weights that are still waiting.
-    for _ in range(from_end + 1):
-        weight()
-    return tuple(steps)
+    def _weight(self) -> None:
+        self.steps.append(self.weights.popleft())

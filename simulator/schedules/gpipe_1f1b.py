@@ -11,7 +11,7 @@ Clusters (arXiv 2104.04473), section 2.2; ``ScheduleGPipe`` and ``Schedule1F1B``
 from __future__ import annotations
 
 from simulator.schedules.actions import Action, Schedule
-from simulator.schedules.writing import require_sizes
+from simulator.schedules.writing import alternating, rank_by_rank, require_sizes
 
 
 def gpipe(ranks: int, microbatches: int) -> Schedule:
@@ -48,17 +48,9 @@ def one_f_one_b(ranks: int, microbatches: int) -> Schedule:
 def _one_stage_per_rank(name: str, ranks: int, microbatches: int, warm_up: list[int]) -> Schedule:
     """Warm up with forwards, alternate F and B, cool down with backwards; stage r on rank r."""
 
-    def steps(stage: int, lead: int) -> tuple[Action, ...]:
+    def steps(stage: int) -> list[Action]:
         forward = [Action(stage, "F", microbatch) for microbatch in range(microbatches)]
         backward = [Action(stage, "B", microbatch) for microbatch in range(microbatches)]
-        alternating = [action for pair in zip(forward[lead:], backward, strict=False) for action in pair]
-        return (*forward[:lead], *alternating, *backward[microbatches - lead :])
+        return alternating(forward, backward, warm_up[stage])
 
-    return Schedule(
-        name=name,
-        ranks=ranks,
-        stages=ranks,
-        microbatches=microbatches,
-        steps=tuple(steps(rank, warm_up[rank]) for rank in range(ranks)),
-        placement=tuple((rank,) for rank in range(ranks)),
-    )
+    return rank_by_rank(name, microbatches, [(rank,) for rank in range(ranks)], steps)

@@ -11,7 +11,7 @@ has the same domain (M a multiple of P).
 from __future__ import annotations
 
 from simulator.schedules.actions import Action, Schedule
-from simulator.schedules.writing import require, require_sizes
+from simulator.schedules.writing import alternating, rank_by_rank, require, require_sizes
 
 
 def interleaved(ranks: int, microbatches: int, virtual_stages: int) -> Schedule:
@@ -35,17 +35,15 @@ def interleaved(ranks: int, microbatches: int, virtual_stages: int) -> Schedule:
         "interleaved needs a number of microbatches that is a multiple of the pipeline ranks; "
         f"got {microbatches} microbatches on {ranks} ranks",
     )
-    return Schedule(
-        name="interleaved",
-        ranks=ranks,
-        stages=ranks * virtual_stages,
-        microbatches=microbatches,
-        steps=tuple(_steps(rank, ranks, microbatches, virtual_stages) for rank in range(ranks)),
-        placement=tuple(tuple(range(rank, ranks * virtual_stages, ranks)) for rank in range(ranks)),
+    return rank_by_rank(
+        "interleaved",
+        microbatches,
+        [tuple(range(rank, ranks * virtual_stages, ranks)) for rank in range(ranks)],
+        lambda rank: _steps(rank, ranks, microbatches, virtual_stages),
     )
 
 
-def _steps(rank: int, ranks: int, microbatches: int, chunks: int) -> tuple[Action, ...]:
+def _steps(rank: int, ranks: int, microbatches: int, chunks: int) -> list[Action]:
     # Chunk passes in the order of execution: (chunk, microbatch), a round of P microbatches at a time.
     passes = [
         (chunk, first + offset)
@@ -56,5 +54,4 @@ def _steps(rank: int, ranks: int, microbatches: int, chunks: int) -> tuple[Actio
     forward = [Action(chunk * ranks + rank, "F", microbatch) for chunk, microbatch in passes]
     backward = [Action((chunks - 1 - chunk) * ranks + rank, "B", microbatch) for chunk, microbatch in passes]
     lead = min(len(passes), 2 * (ranks - 1 - rank) + (chunks - 1) * ranks)
-    alternating = [action for pair in zip(forward[lead:], backward, strict=False) for action in pair]
-    return (*forward[:lead], *alternating, *backward[len(passes) - lead :])
+    return alternating(forward, backward, lead)

@@ -1,9 +1,11 @@
-"""What the generators share: the lane that hands out actions in order, and the refusal of sizes outside a domain."""
+"""What the generators share: lists rank by rank, lanes that hand out actions in order, the refusal of other sizes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+
 from simulator import errors
-from simulator.schedules.actions import Action, Kind
+from simulator.schedules.actions import Action, Kind, Schedule, Step
 
 
 class Lane:
@@ -23,6 +25,26 @@ class Lane:
     def take(self, kind: Kind) -> Action:
         """Return the action of this kind for the next microbatch in line."""
         return Action(self.stage, kind, next(self._waiting["I" if kind == "B" else kind]))
+
+
+def rank_by_rank(
+    name: str, microbatches: int, placement: Sequence[tuple[int, ...]], steps: Callable[[int], Iterable[Step]]
+) -> Schedule:
+    """Return the schedule in which rank r holds the stages ``placement[r]`` and runs ``steps(r)``."""
+    return Schedule(
+        name=name,
+        ranks=len(placement),
+        stages=1 + max(stage for stages in placement for stage in stages),
+        microbatches=microbatches,
+        steps=tuple(tuple(steps(rank)) for rank in range(len(placement))),
+        placement=tuple(placement),
+    )
+
+
+def alternating(forward: Sequence[Action], backward: Sequence[Action], lead: int) -> list[Action]:
+    """Warm up with ``lead`` forwards, alternate forward and backward, cool down with the backwards that are left."""
+    pairs = zip(forward[lead:], backward, strict=False)
+    return [*forward[:lead], *(action for pair in pairs for action in pair), *backward[len(forward) - lead :]]
 
 
 def require(holds: bool, message: str) -> None:

@@ -14,7 +14,7 @@ orders of execution of ZB1P and ZB-V as ``ScheduleInterleavedZeroBubble`` with o
 from __future__ import annotations
 
 from simulator.schedules.actions import Action, Kind, Schedule
-from simulator.schedules.writing import Lane, require_sizes
+from simulator.schedules.writing import Lane, rank_by_rank, require_sizes
 
 
 def zb1p(ranks: int, microbatches: int) -> Schedule:
@@ -30,17 +30,11 @@ def zb1p(ranks: int, microbatches: int) -> Schedule:
     ['0F0 0F1 0I0 0W0 0I1 0W1', '1F0 1I0 1F1 1I1 1W0 1W1']
     """
     require_sizes("zb1p", ranks, microbatches)
-    return Schedule(
-        name="zb1p",
-        ranks=ranks,
-        stages=ranks,
-        microbatches=microbatches,
-        steps=tuple(_zb1p_steps(rank, ranks, microbatches) for rank in range(ranks)),
-        placement=tuple((rank,) for rank in range(ranks)),
-    )
+    one_each = [(rank,) for rank in range(ranks)]
+    return rank_by_rank("zb1p", microbatches, one_each, lambda rank: _zb1p_steps(rank, ranks, microbatches))
 
 
-def _zb1p_steps(rank: int, ranks: int, microbatches: int) -> tuple[Action, ...]:
+def _zb1p_steps(rank: int, ranks: int, microbatches: int) -> list[Action]:
     lead = min(ranks - 1 - rank, microbatches)
     steps = [Action(rank, "F", microbatch) for microbatch in range(lead)]
     for microbatch in range(microbatches):
@@ -50,7 +44,7 @@ def _zb1p_steps(rank: int, ranks: int, microbatches: int) -> tuple[Action, ...]:
         if microbatch >= rank:
             steps.append(Action(rank, "W", microbatch - rank))
     steps += [Action(rank, "W", microbatch) for microbatch in range(max(0, microbatches - rank), microbatches)]
-    return tuple(steps)
+    return steps
 
 
 def zbh2(ranks: int, microbatches: int) -> Schedule:
@@ -71,17 +65,11 @@ def zbh2(ranks: int, microbatches: int) -> Schedule:
     ['0F0 0F1 0F2 0I0 0W0 0F3 0I1 0W1 0I2 0W2 0I3 0W3', '1F0 1I0 1W0 1F1 1I1 1F2 1I2 1F3 1I3 1W1 1W2 1W3']
     """
     require_sizes("zbh2", ranks, microbatches)
-    return Schedule(
-        name="zbh2",
-        ranks=ranks,
-        stages=ranks,
-        microbatches=microbatches,
-        steps=tuple(_zbh2_steps(rank, ranks, microbatches) for rank in range(ranks)),
-        placement=tuple((rank,) for rank in range(ranks)),
-    )
+    one_each = [(rank,) for rank in range(ranks)]
+    return rank_by_rank("zbh2", microbatches, one_each, lambda rank: _zbh2_steps(rank, ranks, microbatches))
 
 
-def _zbh2_steps(rank: int, ranks: int, microbatches: int) -> tuple[Action, ...]:
+def _zbh2_steps(rank: int, ranks: int, microbatches: int) -> list[Action]:
     lead = min(2 * (ranks - rank) - 1, microbatches)
     lane = Lane(rank, range(microbatches))
     steps = [lane.take("F") for _ in range(lead)]
@@ -93,7 +81,7 @@ def _zbh2_steps(rank: int, ranks: int, microbatches: int) -> tuple[Action, ...]:
         if more:
             steps.append(lane.take("F"))
     steps += [lane.take("W") for _ in range(3 * microbatches - len(steps))]
-    return tuple(steps)
+    return steps
 
 
 def zbv(ranks: int, microbatches: int) -> Schedule:
@@ -110,17 +98,11 @@ def zbv(ranks: int, microbatches: int) -> Schedule:
     """
     require_sizes("zbv", ranks, microbatches)
     planned = max(microbatches, 2 * ranks - 1)
-    return Schedule(
-        name="zbv",
-        ranks=ranks,
-        stages=2 * ranks,
-        microbatches=microbatches,
-        steps=tuple(
-            tuple(action for action in _zbv_steps(rank, ranks, planned) if action.microbatch < microbatches)
-            for rank in range(ranks)
-        ),
-        placement=tuple((rank, 2 * ranks - 1 - rank) for rank in range(ranks)),
-    )
+
+    def steps(rank: int) -> list[Action]:
+        return [action for action in _zbv_steps(rank, ranks, planned) if action.microbatch < microbatches]
+
+    return rank_by_rank("zbv", microbatches, [(rank, 2 * ranks - 1 - rank) for rank in range(ranks)], steps)
 
 
 def _zbv_steps(rank: int, ranks: int, microbatches: int) -> list[Action]:

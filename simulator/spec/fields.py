@@ -7,6 +7,7 @@ hovers), in ``docs/fields.md`` and in error messages.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -133,3 +134,18 @@ class Sourced(Contract, Generic[T]):
         "For fitted numbers: the out-of-sample error, in words.", example="6.1 % MAPE on unseen shapes", default=None
     )
     note: str | None = described("What a reader should know.", example="upper end: cold chip, zero data", default=None)
+
+
+def sourced_numbers(node: object, path: str = "") -> Iterator[tuple[str, Sourced[Any]]]:
+    """Every number with a provenance inside a contract, by dotted path; members of a list are called by their name."""
+    children: list[tuple[object, object]] = []
+    if isinstance(node, Sourced):
+        yield path, node
+    elif isinstance(node, Contract):
+        children = [(name, getattr(node, name)) for name in type(node).model_fields]
+    elif isinstance(node, dict):
+        children = list(node.items())
+    elif isinstance(node, tuple):
+        children = [(getattr(value, "name", index), value) for index, value in enumerate(node)]
+    for name, value in children:
+        yield from sourced_numbers(value, f"{path}.{name}" if path else str(name))

@@ -5,13 +5,12 @@
 * Max-plus is never later, op by op: sharing can only slow transfers down, and the order of a stream never changes.
 * Every rank as events of its own is an oracle for the vector clocks, and a batch gives what one evaluation gives.
 * Work is conserved: a stream is busy for the sum of its ops, and a link carries what was put on it.
-* For real scenarios both account for the whole step on every rank and in every lane, and neither more bandwidth nor
-  fewer rows ever costs time.
+
+Steps of whole scenarios are in ``test_steps``.
 """
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -21,13 +20,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulator import simulate_step
 from simulator.events import evaluate, evaluate_batch, play, play_every_rank
 from simulator.events.machine import _Machine
 from simulator.events.network import fair_shares
 from simulator.events.timeline import rows_of
 from simulator.program import COMPUTE, EXPERT, GRADIENT, PIPELINE, Draft, Program
-from simulator.spec import Scenario, load_scenario
 from simulator.timing import Bulk, Fixed, OpClass, Prices, Send
 
 FloatArray = npt.NDArray[np.float64]
@@ -351,133 +348,3 @@ def test_another_flow_never_gives_more_to_those_already_there(demands: list[floa
     before, after = fair_shares(demands), fair_shares([*demands, newcomer])
 
     assert all(now <= then + 1e-12 for now, then in zip(after, before, strict=False))
-
-
-# Real scenarios
-
-SCHEDULES: tuple[dict[str, Any], ...] = (
-    {"pipeline": 1},
-    {"pipeline": 2, "schedule": "1f1b"},
-    {"pipeline": 2, "schedule": "gpipe"},
-    {"pipeline": 2, "schedule": "zb1p"},
-    {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 2},
-    {"pipeline": 2, "schedule": "zbv", "virtual_stages": 2},
-    {"pipeline": 2, "schedule": "dualpipe"},
-    {"pipeline": 2, "schedule": "dualpipev", "virtual_stages": 2},
-)
-
-LOADS: tuple[dict[str, Any], ...] = (
-    {"kind": "balanced"},
-    {"kind": "logits", "population": 0.7},
-    {"kind": "logits", "domain": 0.5, "hot_experts": {"count": 1, "load": 3.0}},
-    {"kind": "dirichlet", "concentration": 3.0},
-)
-
-
-@st.composite
-def scenarios(draw: st.DrawFn) -> dict[str, Any]:
-    """A small MoE model on two nodes: layout, schedule, ZeRO, overlap, recomputation, load and capacity vary."""
-    tensor = draw(st.sampled_from([1, 2]))
-    schedule = draw(st.sampled_from(SCHEDULES))
-    overlap = draw(st.sets(st.sampled_from(["gradient_reduce", "parameter_gather", "pipeline", "shared_experts"])))
-    if "dualpipe" in schedule.get("schedule", "") and draw(st.booleans()):
-        overlap.add("expert_all_to_all")
-    return {
-        "name": "random",
-        "model": {
-            "name": "small",
-            "layers": 5,
-            "hidden_size": 512,
-            "vocabulary_size": 4000,
-            "context": 1024,
-            "mixer": {"kind": "gqa", "heads": 8, "kv_heads": 4, "head_dim": 64},
-            "ffn": {"size": 1024},
-            "moe": {
-                "experts": 8,
-                "top_k": 2,
-                "expert_ffn_size": 512,
-                "stride": draw(st.sampled_from([1, 2])),
-                "shared_experts": draw(st.sampled_from([0, 1])),
-            },
-        },
-        "cluster": {"profile": "h100-sxm", "accelerators": 16},
-        "parallelism": {
-            **schedule,
-            "tensor": tensor,
-            "sequence_parallel": tensor > 1,
-            "context": draw(st.sampled_from([1, 2])),
-            "expert": draw(st.sampled_from([1, 2, 4])),
-            "expert_tensor": draw(st.sampled_from([1, 2])),
-            "zero_stage": draw(st.integers(0, 3)),
-            "overlap": sorted(set(overlap) - ({"shared_experts"} if tensor > 1 else set())),
-        },
-        "training": {
-            "tokens": "1B",
-            "sequence_length": 512,
-            "global_batch_sequences": 96,
-            "recompute": draw(st.sampled_from(["none", "full", ["norm", "activation"], {"full_layers": 1}])),
-        },
-        "routing": {
-            "load": draw(st.sampled_from(LOADS)),
-            "capacity_factor": draw(st.sampled_from([None, 1.0])),
-            "seed": draw(st.integers(0, 3)),
-        },
-    }
-
-
-def step_s(tree: dict[str, Any], **changes: Any) -> float:
-    return simulate_step(load_scenario(tree, changes), "max-plus").seconds
-
-
-def test_the_random_scenarios_are_allowed() -> None:
-    """Every schedule divides 96 sequences over every layout of 16 ranks."""
-    splits = itertools.product(SCHEDULES, (1, 2), (1, 2))
-    assert all(96 % (16 // (schedule["pipeline"] * tensor * context)) == 0 for schedule, tensor, context in splits)
-
-
-@settings(deadline=None, max_examples=40)
-@given(scenarios())
-def test_the_terms_of_every_rank_and_lane_sum_to_the_step(tree: dict[str, Any]) -> None:
-    scenario: Scenario = load_scenario(tree)
-    seconds = {}
-    for engine in ("events", "max-plus"):
-        step = simulate_step(scenario, engine)
-        terms: dict[str, FloatArray] = step.timeline.by_rank
-        total = np.asarray(sum(terms.values()))
-        assert total.shape == (step.program.ranks, len(step.timeline.lanes))
-        assert total == pytest.approx(np.full(total.shape, step.seconds), rel=1e-9)
-        assert all((values >= -1e-12).all() for values in terms.values())
-        assert step.timeline.breakdown.total == pytest.approx(step.seconds, rel=1e-9)
-        seconds[engine] = step.seconds
-    assert seconds["max-plus"] <= seconds["events"] * (1 + 1e-9)
-
-
-@settings(deadline=None, max_examples=25)
-@given(
-    scenarios(),
-    st.sampled_from(["tiers.nvlink.bandwidth", "tiers.infiniband.bandwidth", "accelerator.memory_bandwidth"]),
-)
-def test_more_bandwidth_is_never_slower(tree: dict[str, Any], path: str) -> None:
-    slow, fast = (step_s(tree, **{"cluster.overrides": {path: rate}}) for rate in ("40 GB/s", "400 GB/s"))
-
-    assert fast <= slow * (1 + 1e-12)
-
-
-@settings(deadline=None, max_examples=25)
-@given(scenarios())
-def test_a_higher_capacity_never_makes_the_step_shorter_and_padding_neither(tree: dict[str, Any]) -> None:
-    """The same draw: more accepted rows, then rows filled up to capacity."""
-    times = [step_s(tree, **{"routing.capacity_factor": factor}) for factor in (0.5, 1.0, 2.0)]
-    padded = [step_s(tree, **{"routing.capacity_factor": f, "routing.pad_to_capacity": True}) for f in (0.5, 1.0, 2.0)]
-
-    assert times == sorted(times)
-    assert padded == sorted(padded)
-    assert all(plain <= full * (1 + 1e-12) for plain, full in zip(times, padded, strict=True))
-
-
-@settings(deadline=None, max_examples=10)
-@given(scenarios())
-def test_the_same_scenario_and_seed_take_the_same_time_to_the_bit(tree: dict[str, Any]) -> None:
-    ends = {simulate_step(load_scenario(tree), "events").timeline.end.tobytes() for _ in range(2)}
-
-    assert len(ends) == 1

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from simulator import load_scenario, schedules, simulate_step
-from simulator.campaign import Step
+from simulator import schedules
 from simulator.events import ACTIONS, BUBBLE, Timeline, action_ledger, bubbles, by_action, evaluate, spans
 from simulator.events.actions import steps_of
 from simulator.program import COMPUTE, Draft
 from simulator.schedules import Action, Overlapped, Schedule, parts
 from simulator.timing import Fixed, Prices
+from tests.scenarios import SCHEDULES, played
 
 SECONDS = {"F": 10.0, "I": 13.0, "W": 8.0}
 EQUAL = dict.fromkeys("FIW", 10.0)
@@ -97,30 +97,6 @@ def test_lone_passes_by_kind_of_action() -> None:
             "1W": [64.0] * 4,
         }
         assert action_ledger(timeline, schedule).total == pytest.approx(timeline.step_s)
-
-
-SMALL: dict[str, Any] = {
-    "name": "small",
-    "model": {"preset": "deepseekmoe-16b", "set": {"layers": 8}},
-    "cluster": {"profile": "h800-sxm", "accelerators": 16},
-    "parallelism": {"pipeline": 4, "expert": 4},
-    "training": {"tokens": "1B", "sequence_length": 1024, "global_batch_sequences": 64},
-    "routing": {"load": {"kind": "logits", "population": 0.3}},
-}
-SCHEDULES: list[dict[str, Any]] = [
-    {"schedule": "gpipe"},
-    {"schedule": "1f1b"},
-    {"schedule": "interleaved", "virtual_stages": 2},
-    {"schedule": "zb1p"},
-    {"schedule": "zbh2"},
-    {"schedule": "zbv", "virtual_stages": 2},
-    {"schedule": "dualpipe"},
-    {"schedule": "dualpipev", "virtual_stages": 2},
-]
-
-
-def played(schedule: dict[str, Any], engine: Any = "max-plus", **changes: Any) -> Step:
-    return simulate_step(load_scenario({**SMALL, "parallelism": {**SMALL["parallelism"], **schedule}}, changes), engine)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda each: str(each["schedule"]))

@@ -16,22 +16,9 @@ from simulator.layout import resolve
 from simulator.program import COMPUTE
 from simulator.spec import EngineName, Scenario, load_scenario
 from simulator.timing import Bulk, Compute, Exchange, Region, Send
+from tests.scenarios import two_stages
 
-SMALL: dict[str, Any] = {
-    "name": "small",
-    "model": {
-        "name": "small",
-        "layers": 4,
-        "hidden_size": 1024,
-        "vocabulary_size": 4000,
-        "context": 1024,
-        "mixer": {"kind": "gqa", "heads": 8, "kv_heads": 4, "head_dim": 128},
-        "moe": {"experts": 16, "top_k": 2, "expert_ffn_size": 1024},
-    },
-    "cluster": {"profile": "h100-sxm", "accelerators": 32},
-    "parallelism": {"pipeline": 2, "expert": 8},
-    "training": {"tokens": "1B", "sequence_length": 1024, "global_batch_sequences": 64},
-}
+SMALL = two_stages(accelerators=32, sequences=64)
 FAULTS = "cluster.faults"
 ENGINES: tuple[EngineName, ...] = ("events", "max-plus")
 

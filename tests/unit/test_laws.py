@@ -386,3 +386,16 @@ def test_a_format_without_a_measured_curve_is_refused(changes: dict[str, Any], m
 def test_a_job_of_more_ranks_than_can_be_placed_is_refused() -> None:
     changes = {"cluster.accelerators": 2**21, "training.global_batch_sequences": 2**21}
     assert problems(changes) == ["cluster.accelerators: 2097152 ranks; at most 1,000,000 are placed"]
+
+
+def test_a_hash_router_has_no_gate_to_balance() -> None:
+    hashed = {"model.moe.router.kind": "hash"}
+
+    assert problems(hashed) == []
+    assert problems({**hashed, "routing.balance": [{"kind": "bias"}]}) == [
+        "routing.balance: a hash router has no gate that a remedy could balance; leave it empty"
+    ]
+    assert problems({**hashed, "routing.load": {"kind": "logits", "population": 0.5}}) == [
+        "routing.load.kind: logits: the load of a hash router is that of its table under Zipf's law; leave "
+        "routing.load out, or replay a record"
+    ]

@@ -18,6 +18,15 @@ from simulator.layout import Layout, resolve
 from simulator.program import schedule_of
 from simulator.routing import expert_load
 from simulator.spec import Scenario, load_scenario
+from tests.scenarios import moe_model
+from validation.events.static import (
+    QUERY_COPY,
+    SELECTION_BIAS,
+    SHARED_COPY,
+    THEIR_PARAMETERS,
+    THEIR_STATES,
+    zhang_su,
+)
 
 MIB, GIB = 2.0**20, 2.0**30
 
@@ -108,40 +117,8 @@ def test_sequence_parallelism_and_selective_recomputation_save_five_times_the_me
 # States: Zhang and Su's stage of DeepSeek-V3
 
 
-def zhang_su(zero_stage: int) -> Scenario:
-    """PP16 TP2 EP8 DP32, expert-data 8: 1024 ranks. BF16 weights and moments, FP32 gradients and master."""
-    return load_scenario(
-        {
-            "name": "arXiv 2502.07846",
-            "model": {"preset": "deepseek-v3", "set": {"mtp_depth": 0}},
-            "cluster": {"profile": "h100-sxm", "accelerators": 1024},
-            "parallelism": {
-                "pipeline": 16,
-                "tensor": 2,
-                "sequence_parallel": True,
-                "expert": 8,
-                "zero_stage": zero_stage,
-                "layers_per_stage": [*[4] * 15, 1],
-            },
-            "training": {
-                "tokens": "1T",
-                "sequence_length": 4096,
-                "global_batch_sequences": 512,
-                "optimizer": {"moments": "bf16", "master": "fp32", "gradients": "fp32"},
-            },
-        }
-    )
-
-
-REPLICATED_QUERY = 4 * 1536 * 128 * 64 // 2
-"""They copy the query's rotary up-projection to both tensor-parallel ranks; we split it like the rest."""
-
-WHOLE_SHARED = 4 * 44_040_192 // 2
-"""They copy the shared expert to both tensor-parallel ranks and count it, and the router, among the experts."""
-
 ROUTER = 4 * 1_835_008
-SELECTION_BIAS = 4 * 256
-"""They leave out the selection biases."""
+"""They count the router among the experts, as they do their copy of the shared ones."""
 
 
 def test_the_parameters_of_a_stage_differ_from_zhang_and_su_by_what_they_replicate() -> None:
@@ -150,14 +127,14 @@ def test_the_parameters_of_a_stage_differ_from_zhang_and_su_by_what_they_replica
     layout = resolve(scenario)
     held = memory.stage_parameters(scenario, layout, layout.stages[1])
 
-    assert held.expert == 4 * 32 * 44_040_192 == 5_820_645_376 - 2 * WHOLE_SHARED - ROUTER
-    assert held.dense == 429_719_552 - REPLICATED_QUERY + WHOLE_SHARED + ROUTER + SELECTION_BIAS
-    theirs = held.dense + held.expert + REPLICATED_QUERY + WHOLE_SHARED - SELECTION_BIAS
-    assert theirs == 6_250_364_928
+    assert held.expert == 4 * 32 * 44_040_192 == 5_820_645_376 - 2 * SHARED_COPY - ROUTER
+    assert held.dense == 429_719_552 - QUERY_COPY + SHARED_COPY + ROUTER + SELECTION_BIAS
+    theirs = held.dense + held.expert + QUERY_COPY + SHARED_COPY - SELECTION_BIAS
+    assert theirs == THEIR_PARAMETERS == 6_250_364_928
     assert 2 * theirs / GIB == pytest.approx(11.64, abs=5e-3)
 
 
-@pytest.mark.parametrize(("zero_stage", "theirs"), [(0, 81.5), (1, 40.45), (2, 19.92), (3, 9.66)])
+@pytest.mark.parametrize(("zero_stage", "theirs"), THEIR_STATES.items())
 def test_states_of_a_stage_under_zero_as_zhang_and_su_count_them(zero_stage: int, theirs: float) -> None:
     """2 + 4 + 8 bytes per parameter; dense states over 32 ranks, expert states over 8 (Table 8).
 
@@ -173,8 +150,8 @@ def test_states_of_a_stage_under_zero_as_zhang_and_su_count_them(zero_stage: int
         sizes = {1: 2.0, 2: 4.0, 3: 8.0}  # shared from ZeRO 3, 2, 1 on
         return count * sum(size / (ranks if zero_stage > 3 - part else 1.0) for part, size in sizes.items())
 
-    moved = WHOLE_SHARED + ROUTER
-    corrections = states(REPLICATED_QUERY - SELECTION_BIAS - moved, dense) + states(moved + WHOLE_SHARED, expert)
+    moved = SHARED_COPY + ROUTER
+    corrections = states(QUERY_COPY - SELECTION_BIAS - moved, dense) + states(moved + SHARED_COPY, expert)
 
     assert (layout.gradient_ranks, layout.expert_gradient_ranks) == (32, 8)
     assert (ours.total + corrections) / GIB == pytest.approx(theirs, rel=1e-3)
@@ -271,15 +248,7 @@ def test_deepseek_v3_fits_into_80_gb_with_17_microbatches_in_flight() -> None:
 
 SMALL: dict[str, Any] = {
     "name": "small",
-    "model": {
-        "name": "small",
-        "layers": 8,
-        "hidden_size": 512,
-        "vocabulary_size": 8000,
-        "context": 1024,
-        "mixer": {"kind": "gqa", "heads": 8, "kv_heads": 4, "head_dim": 64},
-        "moe": {"experts": 8, "top_k": 2, "expert_ffn_size": 1024},
-    },
+    "model": moe_model(8, vocabulary_size=8000),
     "cluster": {"profile": "h100-sxm", "accelerators": 16},
     "parallelism": {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "expert": 4},
     "training": {"tokens": "1B", "sequence_length": 1024, "global_batch_sequences": 64},

@@ -8,35 +8,16 @@ import numpy as np
 import pytest
 
 from simulator import load_scenario, memory, simulate_step
-from simulator.campaign import Step
+from tests.scenarios import SCHEDULES, played
 
-SMALL: dict[str, Any] = {
-    "name": "small",
-    "model": {"preset": "deepseekmoe-16b", "set": {"layers": 8}},
-    "cluster": {"profile": "h800-sxm", "accelerators": 16},
-    "parallelism": {"pipeline": 4, "expert": 4},
-    "training": {"tokens": "1B", "sequence_length": 1024, "global_batch_sequences": 64},
-    "routing": {"load": {"kind": "logits", "population": 0.3}},
-}
-SCHEDULES: list[dict[str, Any]] = [
-    {"schedule": "gpipe"},
-    {"schedule": "1f1b"},
-    {"schedule": "interleaved", "virtual_stages": 2},
-    {"schedule": "zb1p"},
-    {"schedule": "zbh2"},
-    {"schedule": "zbv", "virtual_stages": 2},
-    {"schedule": "dualpipe"},
-    {"schedule": "dualpipev", "virtual_stages": 2},
+FOUR_STAGES = [
+    *SCHEDULES,
     {"schedule": "1f1b", "layers_per_stage": [8, {"layers": 0}, {"layers": 0}, {"layers": 0}]},
 ]
 
 
-def played(schedule: dict[str, Any], engine: Any = "max-plus", **changes: Any) -> Step:
-    return simulate_step(load_scenario({**SMALL, "parallelism": {**SMALL["parallelism"], **schedule}}, changes), engine)
-
-
 @pytest.mark.parametrize("engine", ["events", "max-plus"])
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("schedule", FOUR_STAGES, ids=str)
 @pytest.mark.parametrize("changes", [{}, {"training.recompute": "full"}, {"parallelism.zero_stage": 3}], ids=str)
 def test_the_peak_of_the_curve_is_the_peak_of_the_ledger(schedule: Any, engine: Any, changes: dict[str, Any]) -> None:
     step = played(schedule, engine, **changes)
@@ -48,7 +29,7 @@ def test_the_peak_of_the_curve_is_the_peak_of_the_ledger(schedule: Any, engine: 
     assert max(peaks) == pytest.approx(ledger.peak_bytes, rel=1e-12)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("schedule", FOUR_STAGES, ids=str)
 def test_the_curve_runs_through_the_step_and_ends_where_it_began(schedule: Any) -> None:
     step = played(schedule, "events")
     for curve in step.memory_curves:

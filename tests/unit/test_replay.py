@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from simulator.campaign import estimate
 from simulator.errors import InvalidInput
 from simulator.layout import resolve
 from simulator.routing import ExpertLoad, expert_load
@@ -52,8 +53,11 @@ def small(**routing: Any) -> dict[str, Any]:
     }
 
 
-def replayed(file: Path | str, **load: Any) -> ExpertLoad:
-    scenario = load_scenario(small(load={"kind": "replay", "file": str(file), **load}))
+def replayed(file: Path | str, *, encoder: int = 0, **load: Any) -> ExpertLoad:
+    written = small(load={"kind": "replay", "file": str(file), **load})
+    if encoder:
+        written["model"] = {**written["model"], "encoder": {"layers": encoder}}
+    scenario = load_scenario(written)
     found = expert_load(scenario, resolve(scenario))
     assert found is not None
     return found
@@ -84,6 +88,54 @@ def test_recorded_counts_are_scaled_to_the_tokens_and_repeated_over_microbatches
     assert load.assigned.shape == (4, 3, 4)
     assert load.assigned.tolist() == [(32 * COUNTS[step]).tolist() for step in (0, 1, 0, 1)]
     assert load.dropped_fraction == 0.0
+
+
+def test_of_more_steps_than_microbatches_evenly_spaced_ones_are_taken(tmp_path: Path) -> None:
+    """Ten steps, each with its own busiest expert in the first layer, for four microbatches: steps 0, 2, 5 and 7."""
+    steps = np.repeat(COUNTS[:1], 10, axis=0)
+    steps[:, 0] = [[8, 6, 1, 1] if step < 5 else [1, 1, 6, 8] for step in range(10)]
+    steps[2, 0], steps[7, 0] = [2, 3, 5, 6], [6, 5, 3, 2]
+
+    load = replayed(as_npz(tmp_path / "loads.npz", steps))
+
+    assert load.assigned.tolist() == (32 * steps[[0, 2, 5, 7]]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("steps", "placement", "said"),
+    [
+        (2, "contiguous", ["2 recorded steps", "repeated over 4"]),
+        (4, "contiguous", ["4 recorded steps"]),
+        (6, "contiguous", ["4 of 6 recorded steps, evenly spaced"]),
+        (12, "balanced", ["4 of 6 recorded steps, evenly spaced", "placed after the 6 steps before"]),
+        (1, "balanced", ["one recorded step stands for every microbatch", "placed after the very step that is run"]),
+    ],
+)
+def test_an_estimate_says_which_recorded_steps_it_uses(
+    steps: int, placement: str, said: list[str], tmp_path: Path
+) -> None:
+    file = as_npz(tmp_path / "loads.npz", np.resize(COUNTS, (steps, *COUNTS.shape[1:])))
+    routing = {"load": {"kind": "replay", "file": str(file)}, "placement": {"kind": placement}}
+
+    text = "; ".join(estimate(load_scenario(small(**routing))).assumptions)
+
+    assert [words for words in said if words not in text] == []
+    for words in ("evenly spaced", "repeated over", "placed after"):
+        assert (words in text) == (words in " ".join(said))
+
+
+def test_a_recording_of_an_encoder_and_a_decoder_holds_the_layers_of_both(tmp_path: Path) -> None:
+    """Two encoder layers, then three of the decoder; a file of one stack alone, however deep, is refused."""
+    both = np.concatenate([COUNTS, COUNTS[:, ::-1]], axis=1)[:, 1:]
+    load = replayed(as_npz(tmp_path / "both.npz", both), encoder=2)
+
+    assert load.assigned[:2].tolist() == (32 * both).tolist()
+    with pytest.raises(InvalidInput) as caught:
+        replayed(as_npz(tmp_path / "one.npz"), encoder=3)
+    assert (
+        "holds loads of 3 layers, but the model has 6 MoE layers, 3 of them of the encoder, which come first, "
+        "1 of them of MTP modules"
+    ) in str(caught.value)
 
 
 def test_every_form_of_a_file_drives_the_same_path(tmp_path: Path) -> None:

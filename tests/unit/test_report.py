@@ -21,9 +21,9 @@ from simulator.events import critical_path
 from simulator.program import COMPUTE, EXPERT
 from simulator.report import figures, protobuf
 from simulator.report.balancing import over_steps_figure
+from simulator.report.explanation import explained
 from simulator.report.families import families, row_labels, shared_axes, shown
 from simulator.report.gantt import COMBINE, DISPATCH, KINDS, occupancy, steady_window
-from simulator.report.glossary import explained
 from simulator.report.html import page, write_html
 from simulator.report.over_time import memory_over_time_figure
 from simulator.report.page import save
@@ -74,7 +74,7 @@ def _tracks(trace: dict[str, Any]) -> dict[tuple[int, int], list[tuple[float, fl
 # --- trace ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_trace_holds_every_op_in_order_and_ends_with_the_step(result: TrainingEstimate) -> None:
+def test_the_trace_holds_every_op_of_a_lane_in_order_and_ends_with_it(result: TrainingEstimate) -> None:
     timeline = result.step.timeline
     before = time.process_time()
     trace = chrome_trace(timeline)
@@ -87,7 +87,9 @@ def test_the_trace_holds_every_op_in_order_and_ends_with_the_step(result: Traini
     for spans in _tracks(trace).values():
         assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
     last = max(event["ts"] + event["dur"] for event in slices)
-    assert last == pytest.approx(1e6 * result.step_time_s, abs=0.01)
+    takes_time = timeline.end[:, 0] > timeline.start[:, 0]
+    assert last == pytest.approx(1e6 * timeline.end[takes_time, 0].max(), abs=0.01)
+    assert last <= 1e6 * timeline.step_s
     busy = sum(event["dur"] for event in slices if event["cat"] == "compute") / 1e6
     ops = timeline.program.stream == COMPUTE
     assert busy == pytest.approx(float((timeline.end - timeline.start)[ops, 0].sum()), rel=1e-6)
@@ -344,10 +346,29 @@ def test_a_sweep_is_curves_against_its_first_axis() -> None:
     assert families(rows) == [rows]
     assert shared_axes(rows[1:]) == ["a.b", "c"]
     figure = figures.sweep_figure(rows)
-    hours = {trace.name: (trace.x, trace.y) for trace in figure.data if trace.xaxis == "x6"}
+    hours = {trace.name: (trace.x, trace.y) for trace in _panel(figure, "Accelerator-hours")}
     assert hours == {"c = 0": ((1.0, 2.0), (1.0, 2.0)), "c = 1": ((1.0, 2.0), (11.0, 12.0))}
-    dropped = [trace.y for trace in figure.data if trace.xaxis == "x3"]
+    dropped = [trace.y for trace in _panel(figure, "Dropped tokens (%)")]
     assert dropped == [(10.0, 10.0)] * 2
+    looks = {trace.name: (trace.line.dash, trace.marker.symbol) for trace in _panel(figure, "Step time (s)")}
+    assert looks == {"c = 0": ("solid", "circle"), "c = 1": ("solid", "circle")}
+
+
+def test_curves_that_coincide_are_both_seen() -> None:
+    """Padding changes no drops: the curves that differ in the last axis alone also differ in dashes and markers."""
+    changes = [{"r.f": f, "r.load": load, "r.pad": pad} for f in (1.0, 2.0) for load in (0, 1) for pad in (False, True)]
+    curves = _panel(figures.sweep_figure([_row(each, 1.0) for each in changes]), "Dropped tokens (%)")
+    assert {trace.name: (trace.line.dash, trace.marker.symbol) for trace in curves} == {
+        f"load = {load}, pad = {pad}": look
+        for load in (0, 1)
+        for pad, look in (("false", ("solid", "circle")), ("true", ("dash", "circle-open")))
+    }
+
+
+def test_what_is_nought_in_every_row_has_no_panel() -> None:
+    rows = [_row({"a": a}, 1.0, dropped_token_fraction=0.0, padding_fraction=0.1 * a) for a in (0, 1)]
+    titles = [each.text for each in figures.sweep_figure(rows).layout.annotations if each.xref == "paper"]
+    assert titles == ["Step time (s)", "Padding (%)", "Peak memory (GiB)", "Accelerator-hours"]
 
 
 def _panel(figure: go.Figure, title: str) -> list[Any]:

@@ -18,7 +18,9 @@ from simulator.events import BUBBLE, evaluate, play
 from simulator.program import COMPUTE, Draft
 from simulator.schedules import Action
 from simulator.timing import Fixed
+from validation.events import latencies
 from validation.events.replay import Engine, Replayed, Times, played, price, replay
+from validation.events.schedules import DUALPIPE_BUBBLES
 
 ENGINES = pytest.mark.parametrize("engine", [play, evaluate], ids=["events", "max-plus"])
 
@@ -120,21 +122,8 @@ def test_zbh2_idles_p_minus_1_times_f_plus_i_minus_2w_in_its_own_span(
 # DualPipe
 
 
-DUALPIPE = [
-    (8, 20, Times(10, 10, 10, 30), 60, 60),
-    (8, 32, Times(10, 10, 10, 30), 60, 60),
-    (8, 20, Times(10, 10, 10, 24), 42, 42),
-    (8, 32, Times(10, 10, 10, 24), 42, 42),
-    (8, 32, Times(10, 13, 8, 28), 66, 75),
-    (8, 32, Times(12, 16, 9, 30), 72, 84),
-    (16, 120, Times(10, 10, 10, 24), 98, 98),
-    (16, 120, Times(10, 15, 10, 35), 200, 210),
-]
-"""Ranks, microbatches, times, the largest bubble of a rank when DeepSeek's order is replayed, that of the formula."""
-
-
 @ENGINES
-@pytest.mark.parametrize(("ranks", "microbatches", "times", "bubble", "formula"), DUALPIPE)
+@pytest.mark.parametrize(("ranks", "microbatches", "times", "bubble", "formula"), DUALPIPE_BUBBLES)
 def test_dualpipes_formula_is_exact_for_equal_times_and_a_bound_otherwise(
     engine: Engine, ranks: int, microbatches: int, times: Times, bubble: float, formula: float
 ) -> None:
@@ -169,14 +158,7 @@ def test_dualpipev_has_the_bubble_of_dualpipe_on_half_of_the_ranks(
 
 
 @ENGINES
-@pytest.mark.parametrize(
-    ("ranks", "by_microbatches"),
-    [
-        (4, {4: 10, 8: 16, 16: 28, 32: 52}),
-        (8, {8: 26, 16: 40, 32: 68, 64: 124}),
-        (16, {16: 58, 32: 88, 64: 148}),
-    ],
-)
+@pytest.mark.parametrize(("ranks", "by_microbatches"), latencies.GROWING.items())
 def test_latency_grows_with_the_microbatches_in_1f1b(
     engine: Engine, ranks: int, by_microbatches: dict[int, float]
 ) -> None:
@@ -191,24 +173,15 @@ def test_latency_grows_with_the_microbatches_in_1f1b(
 
 
 @ENGINES
-@pytest.mark.parametrize(
-    ("name", "chunks", "ranks", "extra"),
-    [
-        ("interleaved", 2, 4, 14),
-        ("interleaved", 2, 8, 30),
-        ("zb1p", 1, 4, 12),
-        ("zb1p", 1, 8, 28),
-        ("zbv", 1, 4, 13),
-        ("zbv", 1, 8, 33),
-    ],
-)
+@pytest.mark.parametrize(("name", "chunks", "form", "by_ranks"), latencies.PAID_ONCE)
 def test_latency_is_paid_once_where_more_is_in_flight(
-    engine: Engine, name: str, chunks: int, ranks: int, extra: float
+    engine: Engine, name: str, chunks: int, form: str, by_ranks: dict[int, float]
 ) -> None:
     """2(vP-1) for interleaving, 4(P-1) for ZB1P, whatever the number of microbatches."""
-    for microbatches in (2 * ranks, 4 * ranks):
-        slow = makespan(engine, name, ranks, microbatches, chunks, Times(message=1))
-        assert slow - makespan(engine, name, ranks, microbatches, chunks) == extra
+    for ranks, extra in by_ranks.items():
+        for microbatches in (2 * ranks, 4 * ranks):
+            slow = makespan(engine, name, ranks, microbatches, chunks, Times(message=1))
+            assert slow - makespan(engine, name, ranks, microbatches, chunks) == extra, form
 
 
 # The account of a played step

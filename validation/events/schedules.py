@@ -24,6 +24,18 @@ SCHEDULER = "heuristic scheduler of sail-sg/zero-bubble-pipeline-parallelism"
 DUALPIPE = "replay of the order of deepseek-ai/DualPipe"
 UNEVEN = Times(10, 13, 8)
 
+DUALPIPE_BUBBLES = (
+    (8, 20, Times(10, 10, 10, 30), 60, 60),
+    (8, 32, Times(10, 10, 10, 30), 60, 60),
+    (8, 20, Times(10, 10, 10, 24), 42, 42),
+    (8, 32, Times(10, 10, 10, 24), 42, 42),
+    (8, 32, Times(10, 13, 8, 28), 66, 75),
+    (8, 32, Times(12, 16, 9, 30), 72, 84),
+    (16, 120, Times(10, 10, 10, 24), 98, 98),
+    (16, 120, Times(10, 15, 10, 35), 200, 210),
+)
+"""Ranks, microbatches, times, the largest bubble of a rank when DeepSeek's order is replayed, that of the formula."""
+
 
 def checks() -> Iterator[Check]:
     """All checks of pipeline schedules."""
@@ -144,16 +156,7 @@ def _in_flight() -> Iterator[Check]:
 
 def _dualpipe_bubble() -> Iterator[Check]:
     """(PP/2-1)(F&B + B - 3W): exact for F = I = W, an upper bound otherwise."""
-    for ranks, microbatches, times, bubble, formula in (
-        (8, 20, Times(10, 10, 10, 30), 60, 60),
-        (8, 32, Times(10, 10, 10, 30), 60, 60),
-        (8, 20, Times(10, 10, 10, 24), 42, 42),
-        (8, 32, Times(10, 10, 10, 24), 42, 42),
-        (8, 32, Times(10, 13, 8, 28), 66, 75),
-        (8, 32, Times(12, 16, 9, 30), 72, 84),
-        (16, 120, Times(10, 10, 10, 24), 98, 98),
-        (16, 120, Times(10, 15, 10, 35), 200, 210),
-    ):
+    for ranks, microbatches, times, bubble, formula in DUALPIPE_BUBBLES:
         reached = max(replay(schedules.build("dualpipe", ranks, microbatches), times).makespan_bubble)
         label = f"DualPipe, P {ranks}, M {microbatches}, F I W F&B {times.f:g} {times.i:g} {times.w:g} {times.pair:g}"
         yield _exact(f"bubble of the worst rank: {label}", bubble, reached, "", DUALPIPE)

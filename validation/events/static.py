@@ -23,7 +23,7 @@ THEIR_STATES = {0: 81.5, 1: 40.45, 2: 19.92, 3: 9.66}
 QUERY_COPY, SHARED_COPY = 4 * 1536 * 128 * 64 // 2, 4 * 44_040_192 // 2
 """What they keep whole on both tensor-parallel ranks and we split: rotary query projection, shared experts."""
 SELECTION_BIAS = 4 * 256
-"""What they leave out."""
+"""What they leave out of the router."""
 
 
 def checks() -> Iterator[Check]:
@@ -64,7 +64,7 @@ def _nodes() -> Iterator[Check]:
 
 def _states() -> Iterator[Check]:
     for zero, gib in THEIR_STATES.items():
-        scenario = _zhang_su(zero)
+        scenario = zhang_su(zero)
         layout = resolve(scenario)
         if zero == 0:
             held = memory.stage_parameters(scenario, layout, layout.stages[1])
@@ -75,8 +75,8 @@ def _states() -> Iterator[Check]:
         yield within(GROUP, f"states of a stage under ZeRO {zero}", gib, ours, "GiB", 0.03, ZHANG_SU)
 
 
-def _zhang_su(zero_stage: int) -> Scenario:
-    """1024 ranks; experts are replicated 8 times, everything else 32 times."""
+def zhang_su(zero_stage: int) -> Scenario:
+    """Their job of 1024 ranks: experts are replicated 8 times, everything else 32 times; moments in BF16."""
     return load_scenario(
         {
             "name": "arXiv 2502.07846",
@@ -100,4 +100,4 @@ def _zhang_su(zero_stage: int) -> Scenario:
     )
 
 
-__all__ = ["checks"]
+__all__ = ["QUERY_COPY", "SELECTION_BIAS", "SHARED_COPY", "THEIR_PARAMETERS", "THEIR_STATES", "checks", "zhang_su"]
