@@ -73,7 +73,9 @@ def choose(
         ValueError: an input that this router needs is missing, or its numbers do not fit together.
     """
     logits = np.asarray(logits, dtype=np.float64)
-    _check(router, logits, top_k, bias)
+    if logits.ndim != 2 or not np.isfinite(logits).all():
+        raise ValueError("logits must be a finite array [tokens, experts]")
+    check(router, logits.shape[1], top_k, None if bias is None else np.shape(bias))
     if router.kind == "hash":
         return _by_token_id(router, logits.shape, top_k, token_ids)
     if router.kind == "expert_choice":
@@ -87,7 +89,7 @@ def choose(
     scores = np.asarray(special.expit(logits)) if router.kind == "sigmoid" else softmax(logits)
     selection = scores if bias is None else scores + bias
     keys = logits if bias is None else selection  # logits have the order of their scores, without ties by rounding
-    experts = top(_limited(router, selection, keys, top_k), top_k)
+    experts = top(_limited(router, selection, keys), top_k)
     weights = _weights(router, np.take_along_axis(logits, experts, axis=1), np.take_along_axis(scores, experts, axis=1))
     if router.second_choice == "random":
         experts, weights = _second_at_random(experts, weights, rng)
@@ -130,10 +132,9 @@ def _in_order(chosen: IntArray, keys: npt.NDArray[np.floating[Any]]) -> IntArray
     return np.asarray(np.take_along_axis(chosen, order, axis=1), dtype=np.int64)
 
 
-def _check(router: Router, logits: FloatArray, top_k: int, bias: FloatArray | None) -> None:
-    if logits.ndim != 2 or not np.isfinite(logits).all():
-        raise ValueError("logits must be a finite array [tokens, experts]")
-    experts, by_itself = logits.shape[1], router.kind in ("hash", "expert_choice")
+def check(router: Router, experts: int, top_k: int, bias: tuple[int, ...] | None = None) -> None:
+    """Raise ValueError where a router, the numbers of its experts and the shape of its bias do not fit together."""
+    by_itself = router.kind in ("hash", "expert_choice")
     if not 1 <= top_k <= experts:
         raise ValueError(f"top_k = {top_k} is not between 1 and the {experts} experts")
     if router.kind == "switch" and top_k != 1:
@@ -143,10 +144,29 @@ def _check(router: Router, logits: FloatArray, top_k: int, bias: FloatArray | No
     if (bias is not None or router.group_limit is not None) and (by_itself or router.branching is not None):
         what = router.kind if by_itself else "two-level gating"
         raise ValueError(f"a selection bias or a group_limit has no effect on {what}")
-    if bias is not None and np.shape(bias) != (experts,):
+    if bias is not None and bias != (experts,):
         raise ValueError(f"bias must have one value for each of the {experts} experts")
     if router.second_choice == "random" and (by_itself or top_k != 2):
         raise ValueError("second_choice: random is for routers by which a token chooses top_k = 2 experts")
+    _check_groups(router, experts, top_k)
+
+
+def _check_groups(router: Router, experts: int, top_k: int) -> None:
+    limit, branching, each = router.group_limit, router.branching, math.isqrt(top_k)
+    if limit is not None and limit < router.groups:
+        size = _group_size(experts, router.groups, "groups")
+        if limit * size < top_k:
+            raise ValueError(f"group_limit: {limit} groups of {size} experts cannot hold top_k = {top_k}")
+    if branching is not None:
+        size = _group_size(experts, branching, "branching")
+        if each**2 != top_k or each > min(branching, size):
+            raise ValueError(f"branching: top_k = {top_k} is not the square of choices in {branching} groups of {size}")
+
+
+def _group_size(experts: int, groups: int, field: str) -> int:
+    if experts % groups:
+        raise ValueError(f"{field}: {experts} experts do not divide into {groups} equal groups")
+    return experts // groups
 
 
 def _weights(router: Router, logits: FloatArray, scores: FloatArray) -> FloatArray:
@@ -157,14 +177,12 @@ def _weights(router: Router, logits: FloatArray, scores: FloatArray) -> FloatArr
     return softmax(-np.logaddexp(0.0, -logits) if router.kind == "sigmoid" else logits)
 
 
-def _limited(router: Router, selection: FloatArray, keys: FloatArray, top_k: int) -> FloatArray:
+def _limited(router: Router, selection: FloatArray, keys: FloatArray) -> FloatArray:
     """Keys with -inf outside of the token's best groups (arXiv 2405.04434 section 2.2.2, 2412.19437 section 2.1.2)."""
     groups, limit = router.groups, router.group_limit
     if limit is None or limit >= groups:
         return keys
-    size = _group_size(selection.shape[1], groups, "groups")
-    if limit * size < top_k:
-        raise ValueError(f"group_limit: {limit} groups of {size} experts cannot hold top_k = {top_k}")
+    size = selection.shape[1] // groups
     grouped = selection.reshape(-1, groups, size)
     if router.group_score == "max":
         score = grouped.max(-1)
@@ -173,12 +191,6 @@ def _limited(router: Router, selection: FloatArray, keys: FloatArray, top_k: int
     allowed = np.zeros(score.shape, dtype=bool)
     np.put_along_axis(allowed, top(score, limit), True, axis=1)
     return np.where(np.repeat(allowed, size, axis=1), keys, -np.inf)
-
-
-def _group_size(experts: int, groups: int, field: str) -> int:
-    if experts % groups:
-        raise ValueError(f"{field}: {experts} experts do not divide into {groups} equal groups")
-    return experts // groups
 
 
 def _second_at_random(
@@ -197,9 +209,7 @@ def _two_levels(
 ) -> Choices:
     """Gate of group times gate in the group, sqrt(k) choices at each level (arXiv 1701.06538, appendix B)."""
     tokens, experts = logits.shape
-    size, each = _group_size(experts, branching, "branching"), math.isqrt(top_k)
-    if each**2 != top_k or each > min(branching, size):
-        raise ValueError(f"branching: top_k = {top_k} is not the square of choices in {branching} groups of {size}")
+    size, each = experts // branching, math.isqrt(top_k)
     grouped = logits.reshape(tokens, branching, size)
     first = special.logsumexp(grouped, axis=-1) if group_logits is None else np.asarray(group_logits, dtype=np.float64)
     if first.shape != (tokens, branching):
@@ -222,11 +232,16 @@ def _two_levels(
     return Choices(order, weights * router.scaling, scores)
 
 
+def tokens_taken(tokens: int, top_k: int, experts: int) -> int:
+    """Tokens that each expert takes in expert choice: tokens x k / experts, rounded."""
+    return min(tokens, math.floor(tokens * top_k / experts + 0.5))
+
+
 def _by_expert(router: Router, logits: FloatArray, top_k: int) -> Choices:
     """Each expert takes its best tokens x k / experts tokens by softmax over the experts (arXiv 2202.09368, 3.2)."""
     scores = softmax(logits)
     tokens, experts = scores.shape
-    takes = min(tokens, math.floor(tokens * top_k / experts + 0.5))
+    takes = tokens_taken(tokens, top_k, experts)
     total = logits.max(1) - np.log(scores.max(1))  # logarithm of the sum of exponentials
     keys = np.ascontiguousarray((logits.T - total).round(9))  # log scores; tokens that differ in the last bits tie
     taken = np.zeros((tokens, experts), dtype=bool)
@@ -240,12 +255,17 @@ def _by_expert(router: Router, logits: FloatArray, top_k: int) -> Choices:
     return Choices(chosen, weights * router.scaling, scores)
 
 
-def _by_token_id(router: Router, shape: tuple[int, ...], top_k: int, token_ids: IntArray | None) -> Choices:
-    """Experts by a fixed random table of token ids (arXiv 2106.04426).
+def hash_table(runs: int, experts: int) -> IntArray:
+    """The table of all hash routers [runs, experts], for token ids up to runs x experts.
 
     Every run of ``experts`` consecutive ids is a random permutation of the experts, so that the table is balanced; a
-    token's further experts are the next ones of its permutation.
+    token's further experts are the next ones of its permutation. More runs continue the same table.
     """
+    return np.argsort(np.random.default_rng(HASH_SEED).random((runs, experts)), axis=1)
+
+
+def _by_token_id(router: Router, shape: tuple[int, ...], top_k: int, token_ids: IntArray | None) -> Choices:
+    """Experts by a fixed random table of token ids: :func:`hash_table` (arXiv 2106.04426)."""
     if token_ids is None:
         raise ValueError("a hash router needs token_ids [tokens]")
     tokens, experts = shape
@@ -253,7 +273,7 @@ def _by_token_id(router: Router, shape: tuple[int, ...], top_k: int, token_ids: 
     if ids.shape != (tokens,) or (ids < 0).any():
         raise ValueError(f"token_ids must be {tokens} numbers of zero or more")
     runs = int(ids.max(initial=0)) // experts + 1
-    table = np.argsort(np.random.default_rng(HASH_SEED).random((runs, experts)), axis=1)
+    table = hash_table(runs, experts)
     places = (ids[:, None] % experts + np.arange(top_k)) % experts
     chosen = table[ids[:, None] // experts, places].astype(np.int64)
     scores = np.zeros((tokens, experts))
@@ -261,4 +281,4 @@ def _by_token_id(router: Router, shape: tuple[int, ...], top_k: int, token_ids: 
     return Choices(chosen, np.full(chosen.shape, router.scaling), scores)
 
 
-__all__ = ["HASH_SEED", "Choices", "choose", "noisy", "softmax", "top"]
+__all__ = ["HASH_SEED", "Choices", "check", "choose", "hash_table", "noisy", "softmax", "tokens_taken", "top"]
