@@ -23,7 +23,9 @@ def assumptions(step: Step) -> list[str]:
     if load is not None:
         groups = step.layout.expert_data
         if groups > 1:
-            kind = scenario.routing.load.kind
+            moe, kind = scenario.model.moe, str(scenario.routing.load.kind)
+            if moe is not None and moe.router.kind == "hash" and kind == "balanced":
+                kind = "of the hash router's table under Zipf's law"
             stated.append(f"expert load {kind}: one expert group stands for all {groups} of a stage")
         if scenario.parallelism.expert > 1 and not scenario.routing.pad_to_capacity:
             stated.append("a token travels once to each node and rank that holds its experts (DeepEP-type dispatch)")

@@ -3,7 +3,7 @@
 The way of a load through the room::
 
     spec.routing.load      what the router does by itself          tendencies.py  (or a record: replay.py)
-    spec.routing.balance   what balancing does to it over steps    remedies.py
+    spec.routing.balance   what balancing does to it over steps    remedies.py, evolution.py
     counts                 how many tokens choose each expert      load.py        (token by token: tokens.py)
     capacity               what overflows                          overflow.py, capacity.py  (by token: admission.py)
     placement              which rank computes it                  placement.py

@@ -172,8 +172,9 @@ def max_over_mean(cv: float, experts: int, sampling: float = 0.0) -> float:
     """Load of the busiest expert over the mean, for a lognormal spread: exp(z_E s - s^2/2), at most E.
 
     s^2 = ln(1 + CV^2 + sampling). MaxVio (arXiv 2408.15664) is this less one. For CV below 0.1 it is near 1 + z_E CV,
-    :func:`max_over_mean_of_normals`. Too high in collapse, where top-k lets no expert exceed E/k: 23 instead of 17.8
-    for 256 experts with CV 3.01 (arXiv 1701.06538, table 6).
+    :func:`max_over_mean_of_normals`. Too high in collapse, where a token can choose a strong expert only once, so that
+    loads saturate below the ceiling of E/k: 23 instead of 17.8 for 256 experts, top-4 and CV 3.01 (arXiv 1701.06538,
+    table 6).
 
     >>> max_over_mean(0.0, 256)
     1.0

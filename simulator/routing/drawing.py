@@ -15,13 +15,14 @@ from simulator.layout import Layout
 from simulator.routing import load as loads
 from simulator.routing import placement as placements
 from simulator.routing import tokens as blocks
+from simulator.routing.chances import logits_of
 from simulator.routing.expert_load import ExpertLoad
 from simulator.routing.load import FloatArray
 from simulator.routing.overflow import Sampler, capacity_groups, limited, other_parts
 from simulator.routing.remedies import Batch, Treated, trajectory
 from simulator.routing.replay import recorded, steps_as_microbatches
 from simulator.routing.sizes import documents, group_tokens
-from simulator.routing.tendencies import Tendencies, draw_tendencies, logits_of
+from simulator.routing.tendencies import Tendencies, draw_tendencies
 from simulator.routing.together import Part, chosen_slots, lost_fraction
 from simulator.spec.routing import LogitLoad, ReplayLoad
 from simulator.spec.scenario import Scenario

@@ -137,7 +137,8 @@ def _profile(assigned: IntArray, dropped: IntArray, scenario: Scenario) -> Float
     total = np.full(POSITIONS, assigned.sum() / POSITIONS)
     if scenario.routing.drop_order != "arrival" or not dropped.any():
         return np.stack([np.full(POSITIONS, dropped.sum() / POSITIONS), total])
-    from_ = 1.0 - dropped / np.maximum(assigned * (1.0 - scenario.routing.exempt_sequence_fraction), 1e-9)
+    open_ = np.maximum(assigned * (1.0 - scenario.routing.exempt_sequence_fraction), 1e-9)
+    from_ = np.maximum(1.0 - dropped / open_, 0.0)  # whole counts round the exempt ones off
     share = dropped / np.maximum(1.0 - from_, 1e-9)  # what a whole group of positions would drop
     edges = np.linspace(0.0, 1.0, POSITIONS + 1)
     late = [float((share * np.maximum(end - np.maximum(from_, begin), 0.0)).sum()) for begin, end in pairwise(edges)]

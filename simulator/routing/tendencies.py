@@ -13,7 +13,7 @@ is drawn for every document. For counts, document and token effects are folded i
 * a token id that is a large share of the text carries its experts with it: the chances of the most frequent ids are
   averaged with their frequencies and written back as popularity.
 
-Independent Gaussian noise of single tokens on top of the Gumbel noise evens the chances out: :func:`smoothed`.
+A hash router has no logits: a table says which experts a token id has, and Zipf's law how often that id comes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from simulator.routing.load import FloatArray, biased_inclusion, in_proportion, inclusion, threshold_inclusion
+from simulator.routing.chances import chances_of, logits_of, smoothed
+from simulator.routing.load import FloatArray, in_proportion, threshold_inclusion
+from simulator.routing.routers import hash_table
+from simulator.spec.model import Router
 from simulator.spec.routing import DirichletLoad, HotExperts, Load, LogitLoad
 
 HEAD = 256
@@ -38,7 +41,8 @@ class Tendencies:
 
     ``logits`` [layers, experts]: popularity, with what the token ids add to it (``shift`` alone [layers, experts]).
     ``pinned`` [layers, experts]: hot experts, which documents do not move. ``domain``: sigma_dom of one document;
-    ``identity`` [layers, HEAD, experts]: preferences of the most frequent token ids, sigma_tok included.
+    ``identity`` [layers, HEAD, experts]: preferences of the most frequent token ids, sigma_tok included. ``softmax``:
+    whether a selection bias meets softmax scores or sigmoids.
     """
 
     logits: FloatArray
@@ -50,6 +54,7 @@ class Tendencies:
     token: float = 0.0
     context_correlation: float = 0.0
     sticky: float = 0.0
+    softmax: bool = False
 
     @property
     def experts(self) -> int:
@@ -77,12 +82,17 @@ class Tendencies:
         """Probability that a token of a microbatch chooses an expert [draws or 1, layers, experts]; rows sum to k."""
         logits = self.document_logits(draws, documents, rng)
         if self.pinned is None or not self.domain or bias is not None:
-            return chances_of(logits, self.top_k, bias)
+            return chances_of(logits, self.top_k, bias, softmax=self.softmax)
         return _sharing_the_rest(logits, self.pinned, chances_of(self.logits, self.top_k), self.top_k)
 
 
-def draw_tendencies(load: Load, layers: int, experts: int, top_k: int, rng: np.random.Generator) -> Tendencies:
-    """Draw the preferences of ``layers`` MoE layers."""
+def draw_tendencies(
+    load: Load, layers: int, experts: int, top_k: int, rng: np.random.Generator, router: Router | None = None
+) -> Tendencies:
+    """Draw the preferences of ``layers`` MoE layers; a hash router's are those of its table, whatever the load."""
+    if router is not None and router.kind == "hash":
+        logits = logits_of(hashed(experts, top_k), top_k)
+        return Tendencies(np.broadcast_to(logits - logits.mean(), (layers, experts)).copy(), top_k)
     if isinstance(load, DirichletLoad):
         shares = rng.dirichlet(np.full(experts, load.concentration), size=layers).clip(1e-12)
         chances = in_proportion(shares, 10**9, top_k) / 1e9  # what an expert cannot take beyond 1 goes to the others
@@ -101,60 +111,6 @@ def draw_tendencies(load: Load, layers: int, experts: int, top_k: int, rng: np.r
     if load.token:
         result = _with_identity(result, rng)
     return _with_hot(result, load.hot_experts, rng) if load.hot_experts is not None else result
-
-
-def chances_of(logits: FloatArray, top_k: int, bias: FloatArray | None = None) -> FloatArray:
-    """Probability that an expert is among the k choices [..., experts], with or without a selection bias."""
-    if bias is not None:
-        return biased_inclusion(logits, bias, top_k)
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
-    return inclusion((weights / weights.sum(-1, keepdims=True)).clip(1e-12), top_k)
-
-
-def logits_of(chances: FloatArray, top_k: int) -> FloatArray:
-    """Logits that lead to given chances [..., experts]: the inverse of :func:`chances_of`, up to a constant.
-
-    >>> logits = logits_of(np.array([0.9, 0.5, 0.3, 0.3]), 2)
-    >>> chances_of(logits, 2).round(6).tolist()
-    [0.9, 0.5, 0.3, 0.3]
-    """
-    chances = np.clip(chances, 1e-12, 1.0 - 1e-9)
-    logits = np.log(chances) if top_k == 1 else np.log(-np.log1p(-chances))
-    if top_k == 2:  # the exact chances of two choices have no closed inverse
-        for _ in range(200):
-            found = chances_of(logits, top_k).clip(1e-12, 1.0 - 1e-9)
-            step = np.log(chances / found) - np.log((1.0 - chances) / (1.0 - found))
-            logits = np.clip(logits + 0.7 * step, -60.0, 60.0)
-            if np.abs(step).max() < 1e-9:
-                break
-    return np.asarray(logits)
-
-
-def smoothed(logits: FloatArray, variance: float, top_k: int) -> FloatArray:
-    """Logits with the chances that ``logits`` have when each token adds Gaussian noise of a variance to them.
-
-    pi_e = E[1 - exp(-w_e t exp(noise))], t solved as in :mod:`simulator.routing.load`, the mean by quadrature.
-
-    >>> smoothed(np.array([0.0, 2.0, 0.0, -2.0]), 1.0, 1).round(2).tolist()
-    [0.07, 1.67, 0.07, -1.81]
-    """
-    experts = logits.shape[-1]
-    if variance <= 0.0 or top_k >= experts:
-        return logits
-    nodes, parts = np.polynomial.hermite_e.hermegauss(16)
-    parts /= parts.sum()
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
-    weights = (weights / weights.sum(-1, keepdims=True))[..., None] * np.exp(np.sqrt(variance) * nodes)
-    t = np.full((*logits.shape[:-1], 1), -experts * np.log1p(-top_k / experts) * np.exp(-0.5 * variance))
-    for _ in range(60):  # Newton from the left, as for the chances without noise
-        survive = np.exp(-weights * t[..., None])
-        gap = experts - top_k - (survive @ parts).sum(-1, keepdims=True)
-        t = np.maximum(t - gap / ((weights * survive) @ parts).sum(-1, keepdims=True), 0.5 * t)
-        if np.abs(gap).max() < 1e-9:
-            break
-    passing = 1.0 - np.exp(-weights * t[..., None]) @ parts
-    result = np.log(-np.log1p(-np.clip(passing, 1e-12, 1.0 - 1e-9)))
-    return np.asarray(result + (logits - result).mean(-1, keepdims=True))
 
 
 def mixed_domain(domain: float, documents: float, experts: int, top_k: int) -> float:
@@ -178,6 +134,18 @@ def frequencies() -> tuple[FloatArray, float]:
     ranks = np.arange(1, VOCABULARY + 1)
     shares = 1.0 / ranks / np.sum(1.0 / ranks)
     return shares[:HEAD], float(shares[HEAD:].sum())
+
+
+def hashed(experts: int, top_k: int) -> FloatArray:
+    """Chances of the experts of a hash router [experts]: the frequencies of the token ids that its table gives them."""
+    runs = -(-VOCABULARY // experts)
+    table = hash_table(runs, experts)
+    shares = np.zeros(runs * experts)
+    shares[:VOCABULARY] = 1.0 / np.arange(1, VOCABULARY + 1)
+    shares = (shares / shares.sum()).reshape(runs, experts)
+    return np.asarray(
+        sum(np.bincount(np.roll(table, -choice, 1).ravel(), shares.ravel(), experts) for choice in range(top_k))
+    )
 
 
 def _with_identity(plain: Tendencies, rng: np.random.Generator) -> Tendencies:
@@ -221,10 +189,8 @@ def _sharing_the_rest(logits: FloatArray, pinned: npt.NDArray[np.bool_], chances
 __all__ = [
     "HEAD",
     "Tendencies",
-    "chances_of",
     "draw_tendencies",
     "frequencies",
-    "logits_of",
+    "hashed",
     "mixed_domain",
-    "smoothed",
 ]

@@ -21,13 +21,14 @@ from scipy.special import expit
 
 from simulator.routing import tokens as blocks
 from simulator.routing.admission import admit
+from simulator.routing.chances import chances_of, logits_of
 from simulator.routing.load import FloatArray, IntArray
 from simulator.routing.overflow import Limited, holders
 from simulator.routing.placement import Placement
 from simulator.routing.remedies import Treated
 from simulator.routing.routers import softmax
 from simulator.routing.sizes import documents, group_tokens
-from simulator.routing.tendencies import Tendencies, chances_of, logits_of
+from simulator.routing.tendencies import Tendencies
 from simulator.spec.model import MixtureOfExperts
 from simulator.spec.scenario import Scenario
 

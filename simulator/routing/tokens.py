@@ -44,7 +44,7 @@ class Block:
             return top(self.logits, top_k)  # whatever the scores, they have the order of the logits
         if router.branching is not None and bias is None:
             return choose(Router(branching=router.branching), self.logits.astype(np.float64), top_k).experts
-        kind = "softmax" if bias is None and router.kind != "sigmoid" else "sigmoid"
+        kind = "sigmoid" if router.kind == "sigmoid" else "softmax"
         return choose(
             Router.model_validate({"kind": kind, **limit}), self.logits.astype(np.float64), top_k, bias=bias
         ).experts

@@ -68,11 +68,13 @@ def load_over_steps(
 
     Raises:
         InvalidInput: a strategy breaks a law.
-        NotSimulated: a dense model, a recorded load, or experts that choose their tokens.
+        NotSimulated: a dense model, a recorded load, experts that choose their tokens, or a hash router.
     """
     moe = scenario.model.moe
     if moe is not None and moe.router.kind == "expert_choice":
         raise NotSimulated("model.moe.router.kind: experts that choose their tokens are equally loaded at every step")
+    if moe is not None and moe.router.kind == "hash":
+        raise NotSimulated("model.moe.router.kind: the load of a hash router is that of its table at every step")
     varied = {
         name: vary(scenario, {"routing.balance": list(remedies)}, f"strategy {name!r},")
         for name, remedies in (STRATEGIES if strategies is None else strategies).items()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Callable
 from typing import Any
 
 from hypothesis import HealthCheck, given, settings
@@ -78,17 +78,22 @@ def is_for_the_user(error: MoesimError) -> None:
     assert 1 <= len(lines) <= 20
 
 
-def load(document: Document, overrides: dict[str, Any] | None = None) -> None:
-    load_scenario(document.tree, overrides)
+def loads_or_says_why(source: Callable[[], Document | dict[str, Any]], overrides: dict[str, Any] | None = None) -> None:
+    """A scenario that loads is the one that its resolved form loads to; one that does not says why."""
+    try:
+        read = source()
+        scenario = load_scenario(read.tree if isinstance(read, Document) else read, overrides)
+    except MoesimError as error:
+        is_for_the_user(error)
+        return
+    resolved = scenario.as_dict()
+    assert load_scenario(resolved).as_dict() == resolved
 
 
 @settings(max_examples=300, deadline=None)
 @given(YAML_TEXTS)
 def test_any_text(text: str) -> None:
-    try:
-        load(read_text(text, "scenario.yaml"))
-    except MoesimError as error:
-        is_for_the_user(error)
+    loads_or_says_why(lambda: read_text(text, "scenario.yaml"))
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -97,19 +102,13 @@ def test_a_scenario_with_some_text_put_in_or_taken_out(text: str, data: st.DataO
     start = data.draw(st.integers(0, len(text)), "start")
     length = data.draw(st.integers(0, 30), "taken out")
     text = text[:start] + data.draw(YAML_TEXTS, "put in") + text[start + length :]
-    try:
-        load(read_text(text, "scenario.yaml"))
-    except MoesimError as error:
-        is_for_the_user(error)
+    loads_or_says_why(lambda: read_text(text, "scenario.yaml"))
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.dictionaries(st.sampled_from(PATHS), VALUES, min_size=1, max_size=2))
 def test_a_scenario_with_any_value_at_any_path(overrides: dict[str, Any]) -> None:
-    try:
-        load(read_text(TEXTS[0], "scenario.yaml"), overrides)
-    except MoesimError as error:
-        is_for_the_user(error)
+    loads_or_says_why(lambda: read_text(TEXTS[0], "scenario.yaml"), overrides)
 
 
 @settings(max_examples=100, deadline=None)
@@ -119,25 +118,24 @@ def test_a_scenario_with_any_value_at_any_path(overrides: dict[str, Any]) -> Non
     )
 )
 def test_a_scenario_with_any_value_at_a_path_that_does_not_exist(overrides: dict[str, Any]) -> None:
-    try:
-        load(read_text(TEXTS[0], "scenario.yaml"), overrides)
-    except MoesimError as error:
-        is_for_the_user(error)
+    loads_or_says_why(lambda: read_text(TEXTS[0], "scenario.yaml"), overrides)
 
 
 @settings(max_examples=100, deadline=None)
 @given(VALUES)
 def test_any_mapping(value: Any) -> None:
-    try:
-        load_scenario(value if isinstance(value, dict) else {"name": value})
-    except MoesimError as error:
-        is_for_the_user(error)
+    loads_or_says_why(lambda: value if isinstance(value, dict) else {"name": value})
 
 
 @settings(max_examples=200, deadline=None)
 @given(YAML_TEXTS)
 def test_any_assignment(text: str) -> None:
-    with contextlib.suppress(InvalidInput):
-        parse_assignment(text)
-    with contextlib.suppress(InvalidInput):
-        read_value(text, Origin("--set x"))
+    """What is read has the path before the first = and the value that stands after it."""
+    try:
+        path, value = parse_assignment(text)
+    except InvalidInput as error:
+        is_for_the_user(error)
+        return
+    before, after = text.split("=", 1)
+    assert path == before.strip() != ""
+    assert repr(value) == repr(read_value(after.strip(), Origin("--set x")))

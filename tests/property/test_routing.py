@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from simulator.layout import resolve
 from simulator.routing import capacity as capacities
 from simulator.routing import expert_load
+from simulator.routing.chances import chances_of
 from simulator.routing.load import draw, inclusion
 from simulator.routing.remedies import Batch, shrunk, trajectory
-from simulator.routing.tendencies import chances_of, draw_tendencies
+from simulator.routing.tendencies import draw_tendencies
 from simulator.routing.traffic import distinct_groups
 from simulator.spec import load_scenario
 from simulator.spec.model import MixtureOfExperts, Router

@@ -49,7 +49,8 @@ def test_popularity_grows_without_balancing_and_every_remedy_reins_it_in(rows: d
         assert alone == sorted(alone), key
         for strategy in ("importance loss", "load-balance loss", "bias"):
             assert getattr(rows[strategy, 200], key) < 0.6 * alone[-1], (strategy, key)
-    assert rows["none", 0].max_violation == pytest.approx(rows["bias", 0].max_violation)  # the bias starts at zero
+    # The bias starts at zero; softmax scores of tokens of different sums have not quite the threshold of logits.
+    assert rows["none", 0].max_violation == pytest.approx(rows["bias", 0].max_violation, rel=0.03)
 
 
 def test_a_microbatch_is_less_even_than_a_batch(rows: dict[tuple[str, int], LoadRow]) -> None:
@@ -105,6 +106,10 @@ def test_what_does_not_change_over_steps_is_refused() -> None:
     with pytest.raises(NotSimulated) as caught:
         load_over_steps(load_scenario(tree), [0])
     assert "equally loaded" in str(caught.value)
+    tree["model"]["moe"]["router"]["kind"] = "hash"
+    with pytest.raises(NotSimulated) as caught:
+        load_over_steps(load_scenario(tree), [0])
+    assert "that of its table" in str(caught.value)
 
 
 @pytest.mark.parametrize("last", [1, 2, 7, 10, 11, 99, 100, 101, 1000, 12345, 10**9])
@@ -159,4 +164,4 @@ def test_an_estimate_says_what_does_not_act() -> None:
 
 def test_an_estimate_says_that_copies_of_experts_are_counted() -> None:
     said = _assumed(placement={"kind": "balanced", "redundant_experts": 8})
-    assert "redundant experts: their weights and gradients are counted on every rank that holds a copy" in said
+    assert "redundant experts: weights and gradients are counted on every rank that holds a copy" in said

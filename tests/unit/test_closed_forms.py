@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
+from simulator import load_scenario
+from simulator.layout import resolve
 from simulator.routing import capacity as capacities
+from simulator.routing import expert_load
 from simulator.routing.closed_forms import (
     balanced_drop,
     batch_cv,
@@ -266,3 +269,25 @@ def test_the_end_of_the_group_bears_the_drops(cv: float, last_tenth: float, last
     assert profile[-1] / profile.sum() == pytest.approx(last_tenth, abs=0.04)
     assert profile[5:].sum() / profile.sum() == pytest.approx(last_half, abs=0.015)
     assert profile.mean() == pytest.approx(drop, rel=0.06, abs=5e-4)
+
+
+def test_the_profile_of_a_scenario_is_that_of_its_counts() -> None:
+    """One expert group of 4096 tokens, one capacity: from its counts and slots, position by position."""
+    scenario = load_scenario(
+        {
+            "name": "profile",
+            "model": {"preset": "olmoe-1b-7b", "set": {"layers": 4}},
+            "cluster": {"profile": "h100-sxm", "accelerators": 8},
+            "parallelism": {"expert": 8},
+            "training": {"tokens": "1B", "sequence_length": 512, "global_batch_sequences": 8},
+            "routing": {"load": {"kind": "logits", "population": 0.7}, "capacity_factor": 1.25},
+        }
+    )
+    load = expert_load(scenario, resolve(scenario))
+    assert load is not None
+    mean = 4096 * 8 / 64
+    slots = capacities.slots(1.25, 4096, 8, 64)
+    expected = drop_profile(load.assigned / mean, slots / mean, len(load.drop_profile))
+
+    assert load.drop_profile == pytest.approx(expected, abs=1e-9)
+    assert 0.0 == load.drop_profile[0] < load.drop_profile[-4] < load.drop_profile[-1]

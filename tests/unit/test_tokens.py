@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from simulator.layout import resolve
+from simulator.routing import expert_load
 from simulator.routing.load import IntArray, draw
 from simulator.routing.tendencies import HEAD, VOCABULARY, Tendencies, draw_tendencies, frequencies
 from simulator.routing.tokens import (
@@ -22,6 +24,7 @@ from simulator.routing.tokens import (
     repetition,
     token_ids,
 )
+from simulator.spec import load_scenario
 from simulator.spec.model import Router
 from simulator.spec.routing import LogitLoad
 
@@ -151,6 +154,42 @@ def test_counts_of_tokens_that_follow_their_neighbours(experts: int, top_k: int,
 def test_independent_tokens_have_no_dispersion() -> None:
     assert dispersion(even(), generator()) == 1.0
     assert dispersion(even(sticky=1e-9), generator()) == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize("sticky", [0.2, 0.5])
+def test_the_dispersion_of_sticky_tokens_has_a_closed_form(sticky: float) -> None:
+    """One choice, repeated with probability q: correlations q, q^2, ... add up to 1 + 2 q / (1 - q)."""
+    plain = Tendencies(np.zeros((1, 8)), 1, sticky=sticky)
+
+    assert dispersion(plain, generator(), 60_000) == pytest.approx((1.0 + sticky) / (1.0 - sticky), rel=0.06)
+
+
+def test_counts_of_a_scenario_are_dispersed() -> None:
+    """Tokens that repeat half of the choices before them: three times the variance of the binomial law."""
+    scenario = load_scenario(
+        {
+            "name": "sticky",
+            "model": {
+                "name": "small",
+                "layers": 8,
+                "hidden_size": 64,
+                "vocabulary_size": 100,
+                "context": 512,
+                "mixer": {"kind": "mha", "heads": 4, "head_dim": 16},
+                "moe": {"experts": 8, "top_k": 1, "expert_ffn_size": 64},
+            },
+            "cluster": {"profile": "h100-sxm", "accelerators": 8},
+            "parallelism": {"expert": 8},
+            "training": {"tokens": "1B", "sequence_length": 512, "global_batch_sequences": 512},
+            "routing": {"load": {"kind": "logits", "sticky": 0.5}},
+        }
+    )
+    load = expert_load(scenario, resolve(scenario))
+    assert load is not None
+
+    tokens = 8 * 512
+    assert load.assigned.shape == (64, 8, 8)
+    assert load.assigned.var() / (tokens * 1 / 8 * 7 / 8) == pytest.approx(3.0, rel=0.1)
 
 
 # Token ids

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 from validation.checks import Check
-from validation.routing import balancing, capacity, real_loads, tokens, traffic
+from validation.routing import balancing, bias, capacity, real_loads, tokens, traffic
 
 
 def judge() -> list[Check]:
     """All checks of the routing room."""
-    rooms = (capacity, balancing, tokens, real_loads, traffic)
+    rooms = (capacity, balancing, bias, tokens, real_loads, traffic)
     return [check for room in rooms for check in room.checks()]
 
 

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from itertools import product
+from itertools import combinations, product
 
 import numpy as np
+from scipy.optimize import brentq
 
 from simulator import load_scenario
 from simulator.campaign import simulate_step
 from simulator.routing import closed_forms
 from simulator.routing.balance import cv, violation
+from simulator.routing.chances import chances_of
 from simulator.routing.load import FloatArray
 from simulator.routing.placement import CLOSE_ENOUGH, balanced, contiguous, slowest_over_mean
+from simulator.routing.remedies import shrunk
 from simulator.routing.replay import recorded
-from simulator.routing.tendencies import draw_tendencies
-from simulator.spec.routing import HotExperts, LogitLoad, ReplayLoad
+from simulator.routing.tendencies import Tendencies, draw_tendencies
+from simulator.spec.routing import HotExperts, LogitLoad, Remedy, ReplayLoad
 from validation.checks import Check, at_most, near, within
 
 FILE = "loads/expert-load-pile-16b.csv"
@@ -42,6 +45,8 @@ def checks() -> Iterator[Check]:
     """Checks against the decoded loads."""
     yield from _gaussian()
     yield from _hot()
+    yield from _mixtures()
+    yield from _sequence_loss()
     yield from _closed_forms()
     yield from _ranks()
     yield from _steps()
@@ -125,6 +130,47 @@ def _hot() -> Iterator[Check]:
             0.2,
             SOURCE,
         )
+
+
+def _mixtures() -> Iterator[Check]:
+    """The variance law on mixtures of recorded domains: its two spreads from odd layers, judged on even ones.
+
+    What two domains share is the mean product of their deviations, CV_pop^2; the rest of a domain's variance is its
+    own.
+    """
+    source = f"{SOURCE}; CV^2 = CV_pop^2 + CV_dom^2 / n"
+    for model in MODELS:
+        deviations = np.stack([loads(model, domain) for domain in DOMAINS]) - 1.0
+        odd, even = deviations[:, 0::2], deviations[:, 1::2]
+        shared = max(0.0, float(np.mean([(odd[a] * odd[b]).mean() for a, b in combinations(range(3), 2)])))
+        own = float(np.square(odd).mean()) - shared
+        for mixed in (2, 3):
+            mixtures = [even[list(chosen)].mean(0) for chosen in combinations(range(3), mixed)]
+            real = float(np.sqrt(np.square(mixtures).mean()))
+            law = closed_forms.batch_cv(np.sqrt(shared), np.sqrt(own), mixed)
+            name = f"{model}: CV of {mixed} domains mixed alike, even layers from odd ones"
+            yield within("variance law", name, real, law, "", 0.1, source)
+
+
+def _sequence_loss() -> Iterator[Check]:
+    """Preferences of documents under the sequence-wise loss: sigma of the loss-free maps shrunk, against the others.
+
+    Each map's sigma is the one with its CV; means over domains are geometric.
+    """
+    with_loss, free = (
+        float(np.exp(np.mean([np.log(_sigma_of(float(cv(loads(model, domain)).mean()))) for domain in DOMAINS])))
+        for model in MODELS
+    )
+    plain = Tendencies(np.zeros((1, EXPERTS)), TOP_K, domain=free)
+    reached = shrunk(plain, [Remedy(kind="sequence", weight=1e-3)], 1).domain
+    name = "sigma of documents under the sequence-wise loss, from that without (in-sample, weight 1e-3 assumed)"
+    yield within("losses", name, with_loss, reached, "", 0.1, SOURCE)
+
+
+def _sigma_of(spread: float) -> float:
+    """Sigma of Gaussian logits whose loads have a CV."""
+    noise = np.random.default_rng(14).standard_normal((500, EXPERTS))
+    return float(brentq(lambda sigma: float(cv(chances_of(sigma * noise, TOP_K)).mean()) - spread, 0.01, 5.0))
 
 
 def _closed_forms() -> Iterator[Check]:

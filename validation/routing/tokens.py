@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from simulator.routing.chances import chances_of
 from simulator.routing.load import draw, inclusion
-from simulator.routing.tendencies import Tendencies, chances_of
+from simulator.routing.tendencies import Tendencies
 from simulator.routing.tokens import block, map_correlation, overlap, repetition
 from simulator.spec.model import Router
 from validation.checks import Check, at_most, near

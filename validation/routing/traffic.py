@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from simulator.routing.chances import chances_of
 from simulator.routing.load import draw
 from simulator.routing.placement import Placement, balanced, contiguous, slowest_over_mean
-from simulator.routing.tendencies import chances_of
 from simulator.routing.traffic import copies, distinct_groups, payload_bytes
 from simulator.spec import load_model
 from validation.checks import Check, at_most, near, within
