@@ -17,6 +17,7 @@ from simulator.layout import resolve
 from simulator.routing import capacity, documents, group_tokens, over_steps
 from simulator.routing.balance import cv, violation
 from simulator.routing.load import MAX_COUNTS, draw
+from simulator.routing.overflow import holders, slots
 from simulator.routing.remedies import DEFAULT_GAMMA, DEFAULT_WEIGHT, Treated
 from simulator.routing.tokens import dispersion
 from simulator.spec import Scenario, vary
@@ -128,8 +129,13 @@ def _row(name: str, step: int, scenario: Scenario, treated: Treated) -> LoadRow:
     spread = dispersion(treated.tendencies, of_documents)
     assigned = draw(chances, tokens, moe.top_k, of_tokens, dispersion=spread)  # [microbatches, layers, experts]
     factor = _capacity_factor(scenario)
-    slots = capacity.slots(factor, tokens, moe.top_k, moe.experts, counts_top_k=routing.capacity_counts_top_k)
-    outcome = capacity.apply(assigned, slots, overflow=routing.overflow, exempt=routing.exempt_sequence_fraction)
+    outcome = capacity.apply(
+        assigned,
+        slots(scenario, factor, tokens),
+        overflow=routing.overflow,
+        exempt=routing.exempt_sequence_fraction,
+        holders=holders(scenario),
+    )
     return LoadRow(
         strategy=name,
         step=step,

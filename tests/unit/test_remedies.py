@@ -431,7 +431,8 @@ def test_a_leap_of_popularity_takes_the_bias_along() -> None:
     state.arrived, state.drive = True, 0.05
     state._leap(1000)
 
-    assert (state.step, state.time) == (1000, pytest.approx(50.0))
+    assert state.step == 1000
+    assert state.time == pytest.approx(50.0)
     assert state.share == pytest.approx(1.0 / (1.0 + 9.0 * math.exp(-0.5)))
     assert state.bias - balancing_bias(state.share * state.full, 6) == pytest.approx(before, abs=0.00101)
 
