@@ -22,7 +22,7 @@ def against_published(scenario: str, result: TrainingEstimate) -> list[dict[str,
     return [
         row
         for run in published_runs()
-        if run.scenario == scenario and result.scenario == load_scenario(run.scenario)
+        if run.scenario == scenario and result.scenario == load_scenario(scenario)
         for row in _rows(run, result)
     ]
 
@@ -31,7 +31,7 @@ def judge(names: Sequence[str] = (), engine: EngineName = "events") -> list[dict
     """Estimate every published run and compare; one check per quantity."""
     checks = []
     for run in published_runs():
-        if names and run.scenario not in names:
+        if run.scenario is None or (names and run.scenario not in names):
             continue
         result = estimate(load_scenario(run.scenario), engine)
         for row in _rows(run, result):
