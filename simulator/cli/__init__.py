@@ -14,6 +14,7 @@ import typer
 
 from simulator import errors
 from simulator.cli.authoring import check, init, schema
+from simulator.cli.calibrating import calibrate
 from simulator.cli.catalogue import models, profiles
 from simulator.cli.estimating import estimate, explain, report, step
 from simulator.cli.judging import validate
@@ -27,7 +28,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for verb in (estimate, step, compare, sweep, check, explain, init, models, profiles, schema, report, validate):
+for verb in (
+    estimate,
+    step,
+    compare,
+    sweep,
+    check,
+    explain,
+    init,
+    models,
+    profiles,
+    schema,
+    report,
+    calibrate,
+    validate,
+):
     app.command()(verb)
 
 

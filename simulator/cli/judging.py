@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from simulator import errors
 from simulator.cli.options import Engine, EngineOption, JsonOption
-from simulator.report.terminal import print_json, show, working
+from simulator.report.terminal import note, print_json, ready, show, working
 
 
 def validate(
@@ -20,12 +21,25 @@ def validate(
         typer.Option("--events", help="Schedules, overlap, DeepSeek-V3's step by part, and what must be faster."),
     ] = False,
     runs: Annotated[bool, typer.Option("--runs", help="Published training runs.")] = False,
+    calibration: Annotated[
+        bool, typer.Option("--calibration", help="Recorded timings of layers and steps on shapes held out of the fit.")
+    ] = False,
+    live: Annotated[
+        bool, typer.Option("--live", help="One training step on this machine now, against the estimate by --profile.")
+    ] = False,
+    profile: Annotated[str | None, typer.Option(help="With --live: the profile that moesim calibrate wrote.")] = None,
+    scenario: Annotated[str, typer.Option(help="With --live: the scenario whose step is run.")] = "small-transformer",
+    figure: Annotated[Path | None, typer.Option(help="With --calibration: also draw fits and errors.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only these published runs.")] = None,
     json_: JsonOption = False,
     engine: EngineOption = Engine.events,
 ) -> None:
     """Hold the simulator against what is known: papers, exact oracles, published runs; all when none is named."""
-    everything = not (routing or events or runs or only)
+    everything = not (routing or events or runs or only or calibration or live)
+    if figure is not None and not calibration:
+        raise errors.invalid("draws recorded timings; add --calibration", path="--figure")
+    if profile is not None and not live:
+        raise errors.invalid("is that of this machine; add --live", path="--profile")
     checks: list[dict[str, Any]] = []
     summaries: dict[str, Any] = {}
     if routing or everything:
@@ -49,13 +63,21 @@ def validate(
             from validation.accuracy import judge, summary
             from validation.evidence import published_runs
 
-            known = [run.scenario for run in published_runs()]
+            known = [run.scenario for run in published_runs() if run.scenario]
             for name in only or ():
                 if name not in known:
                     raise errors.invalid(errors.one_of(name, known, "published run"), path="--only")
             found = judge(only or (), engine.reader)
             checks += found
             summaries["runs"] = summary(found)
+    if calibration or everything:
+        found = _calibration(figure)
+        checks += found
+        summaries["calibration"] = _counted(found)
+    if live:
+        found = _live(scenario, profile)
+        checks += found
+        summaries["live"] = _counted(found)
     if json_:
         print_json({"checks": checks, "summary": summaries})
     else:
@@ -63,3 +85,51 @@ def validate(
 
         show(checks_view(checks))
     raise typer.Exit(1 if any(check["ok"] is False for check in checks) else 0)
+
+
+def _counted(checks: list[dict[str, Any]]) -> dict[str, Any]:
+    from validation.checks import summary
+
+    return summary(checks)
+
+
+def _calibration(figure: Path | None) -> list[dict[str, Any]]:
+    """Recorded machines, and drops where PyTorch is installed."""
+    from validation.calibration import calibration_of, judge, notices, recordings
+
+    if figure is not None:
+        ready(figure)
+    with working("fitting recorded timings"):
+        found = judge()
+    for text in notices():
+        note(text)
+    if figure is not None:
+        from simulator.cli.calibrating import draw
+
+        machines = [calibration_of(path) for path in recordings()]
+        if not machines:
+            raise errors.invalid("there is no recording to draw", path="--figure")
+        draw(machines, figure)
+    return found
+
+
+def _live(scenario: str, profile: str | None) -> list[dict[str, Any]]:
+    """One real training step against the estimate."""
+    from simulator.spec import load_profile, load_scenario
+    from validation.calibration import judge_live
+    from validation.records import read
+
+    if profile is None:
+        raise errors.invalid(
+            "name the profile of this machine: moesim calibrate --out FILE writes it", path="--profile"
+        )
+    name = profile if "/" in profile else f"./{profile}"
+    formats = load_profile(name).kernels.grouped_gemm
+    form = "fp32" if "fp32" in formats else "bf16"
+    changes = {"cluster.profile": name, "training.precision": form}
+    recorded = Path(profile).with_suffix(".jsonl")
+    with working("running training steps"):
+        return judge_live(
+            load_scenario(scenario, changes, label="--profile"),
+            read(recorded) if recorded.exists() else None,
+        )

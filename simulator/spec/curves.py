@@ -123,7 +123,8 @@ class AttentionCurve(Contract):
 class MemoryCurve(Contract):
     """Time of memory-bound kernels: t = launch + bytes / (bandwidth x fraction).
 
-    With a cache, the first `cache_bytes` of them move at its bandwidth.
+    With a cache, the first `cache_bytes` of them move at its bandwidth. Choosing experts and planning their rows are
+    many small kernels: t = routing_launch + tokens x routing_per_token, where these are given.
     """
 
     launch: Sourced[Seconds] = leaf("Fixed cost of one kernel.", "3 us", unit="s")
@@ -132,6 +133,15 @@ class MemoryCurve(Contract):
     cache_bytes: Sourced[Bytes] | None = leaf("What a kernel can move inside a cache.", "32 MB", unit="B", default=None)
     cache_bandwidth: Sourced[BytesPerSecond] | None = leaf(
         "Bandwidth inside the cache.", "40 GB/s", unit="B/s", default=None
+    )
+    routing_launch: Sourced[Seconds] | None = leaf(
+        "Fixed cost of choosing experts and planning their rows; default: as any other kernel.",
+        "150 us",
+        unit="s",
+        default=None,
+    )
+    routing_per_token: Sourced[Seconds] | None = leaf(
+        "Further cost of each token that chooses; default 0.", "0.2 us", unit="s", default=None
     )
 
 

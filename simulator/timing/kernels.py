@@ -190,6 +190,15 @@ def attention_seconds(
     return curve.launch.value + flop * work / rate
 
 
+def routing_seconds(device: Device, traffic_bytes: Numbers, tokens: Numbers) -> Numbers:
+    """Choosing experts for tokens and planning the rows: a cost per layer and per token, or that of the bytes alone."""
+    curve = device.profile.kernels.memory
+    if curve.routing_launch is None:
+        return memory_seconds(device, traffic_bytes)
+    each = 0.0 if curve.routing_per_token is None else curve.routing_per_token.value
+    return curve.routing_launch.value + tokens * each
+
+
 def memory_seconds(device: Device, traffic_bytes: Numbers, *, permute: bool = False) -> Numbers:
     """A memory-bound kernel: launch + bytes / achieved bandwidth; gathers and scatters have a rate of their own.
 

@@ -25,6 +25,7 @@ from simulator.timing.kernels import (
     grouped_gemm_seconds,
     memory_seconds,
     padded_rows,
+    routing_seconds,
 )
 from simulator.workload.ops import AttentionCore, Embedding, Gemm, GroupedGemm, MemoryOp
 
@@ -120,11 +121,13 @@ class OpTimes:
         self, op: MemoryOp, which: Pass, device: Device, tokens: float, layer: int | None, parts: int = 1
     ) -> FloatArray:
         size = ELEMENT_BYTES[str(getattr(self.precision, op.role))]
-        traffic = op.elements * size * (1.5 if which == "I" and op.kind == "elementwise" else 1.0)
+        traffic = op.elements * size * (1.5 if which == "I" and op.kind != "permute" else 1.0)
         if op.rows == "received":
             rows, _, _ = self._received(layer, parts)
             return np.asarray(memory_seconds(device, traffic * rows / self.scenario.parallelism.expert_tensor))
         shard = {"tensor": self.tensor, "sequence": self.sequence, "none": 1}[op.shard]
+        if op.kind == "routing" and which == "F":
+            return scalar(routing_seconds(device, traffic * tokens / shard, tokens / shard))
         return scalar(memory_seconds(device, traffic * tokens / shard, permute=op.kind == "permute"))
 
     def tokens(self, stack: str) -> float:

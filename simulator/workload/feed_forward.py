@@ -58,7 +58,7 @@ def expert_ops(model: Model) -> Iterator[Op]:
         kept = Saved("router and expert input", width, "saved_activations", "sequence", dropped_by=frozenset({"norm"}))
         yield MemoryOp("router input", "router", (kept, logits))
         yield from _router(model)
-    yield MemoryOp("top-k", "router", elements=2.0 * moe.experts, role="router")
+    yield MemoryOp("top-k", "router", elements=2.0 * moe.experts, kind="routing", role="router")
     if moe.dense_residual:
         yield from dense_ffn_ops(model, "dense_ffn", model.dense_ffn_size(), "dense_ffn")
     if moe.shared_experts:

@@ -140,7 +140,7 @@ class MemoryOp(Op):
 
     elements: float = 0.0
     rows: Rows = "tokens"
-    kind: Literal["elementwise", "permute"] = "elementwise"
+    kind: Literal["elementwise", "permute", "routing"] = "elementwise"
     shard: Literal["tensor", "sequence", "none"] = "sequence"
     weights: int = 0
     role: str = "residual"

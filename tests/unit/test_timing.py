@@ -32,6 +32,7 @@ from simulator.timing.kernels import (
     grouped_gemm_seconds,
     memory_seconds,
     padded_rows,
+    routing_seconds,
 )
 from simulator.workload.ops import AttentionCore, Collective, Gemm, GroupedGemm, MemoryOp
 
@@ -225,6 +226,14 @@ def test_bytes_inside_a_cache_move_at_its_bandwidth() -> None:
     assert memory_seconds(device, 3e6) == pytest.approx(3 * US + inside + outside)
     assert memory_seconds(device, 3e6, permute=True) == pytest.approx(3 * US + 2 * (inside + outside))
     assert memory_seconds(device, 0.5e6) == pytest.approx(3 * US + 0.5e6 / 1.6e12)
+
+
+def test_choosing_experts_costs_launches_and_tokens_rather_than_bytes() -> None:
+    assert routing_seconds(WHOLE, 8e9, 4096) == memory_seconds(WHOLE, 8e9)  # where the profile says nothing else
+    curve = MACHINE.kernels.memory.model_copy(update={"routing_launch": number(150 * US)})
+    assert routing_seconds(with_kernels(memory=curve), 8e9, 1000) == pytest.approx(150 * US)
+    curve = curve.model_copy(update={"routing_per_token": number(0.2 * US)})
+    assert routing_seconds(with_kernels(memory=curve), 8e9, 1000) == pytest.approx(350 * US)
 
 
 def test_operands_are_cast_once_for_each_direction_of_their_tiles() -> None:
