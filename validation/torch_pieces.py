@@ -4,12 +4,18 @@ F runs without a graph. I and W of a linear are the two products of its backward
 one forward pass is kept, and its gradients are formed again and again. The functions are those of the reference layer
 and transformer, so a piece is the same code alone as inside of the whole.
 
+Inside a layer a product finds its weights out of the innermost cache, because other pieces ran in between. A timing
+loop over one product would keep them there, so products take turns among as many copies of their operands as fill
+:data:`COLD_BYTES`.
+
 The load of a layer is part of its case. It is put into the tokens: of x = z + (L - z W^T) (W^T)^+ with random z, the
 router's matrix W makes the logits L, which choose the experts as the case says. So the layer is measured as it is.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from simulator.errors import NotSimulated
+from simulator.spec.fields import ELEMENT_BYTES
 from simulator.spec.model import MixtureOfExperts, Model, Router
 from simulator.spec.routing import Routing
 from validation.cases import Case
@@ -30,6 +37,9 @@ from validation.transformer import Transformer, rotated
 Work = Callable[[], object]
 Fields = Mapping[str, Any]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+COLD_BYTES = {"cpu": 24e6, "cuda": 128e6}
+"""More than the innermost cache that a product could live in: L2 of a core, or of the GPU."""
+MOST_COPIES = 64
 FORMS: dict[str, Form] = {"batched": "padded", "grouped": "grouped", "loop": "loop"}
 ROUTER = {"weights": "after_top_k"}
 
@@ -52,7 +62,16 @@ def work(case: Case, device: torch.device) -> Work:
         "step": _step,
     }
     torch.manual_seed(0)
-    return builders[case.kind](fields, {"device": device, "dtype": DTYPES[fields["form"]]})
+    factory = {"device": device, "dtype": DTYPES[fields["form"]]}
+    if case.kind not in ("gemm", "grouped_gemm"):
+        return builders[case.kind](fields, factory)
+    copies = math.ceil(COLD_BYTES.get(device.type, 0.0) / _operand_bytes(fields))
+    turns = itertools.cycle([builders[case.kind](fields, factory) for _ in range(min(max(copies, 1), MOST_COPIES))])
+
+    def in_turn() -> object:
+        return next(turns)()
+
+    return in_turn
 
 
 def reference(device: torch.device) -> Work:
@@ -60,6 +79,13 @@ def reference(device: torch.device) -> Work:
     size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return lambda: torch.mm(left, right)
+
+
+def _operand_bytes(case: Fields) -> float:
+    """Bytes of the three matrices of a product, or of those of all experts."""
+    rows, experts = (sum(case["counts"]), len(case["counts"])) if "counts" in case else (case["m"], 1)
+    elements = rows * (case["n"] + case["k"]) + experts * case["n"] * case["k"]
+    return float(elements) * ELEMENT_BYTES[case["form"]]
 
 
 # --- products ---------------------------------------------------------------------------------------------------------
