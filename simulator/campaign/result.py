@@ -9,6 +9,7 @@ from typing import Any
 
 from simulator.campaign.assumptions import assumptions
 from simulator.campaign.step import Step
+from simulator.campaign.uncertainty import interval
 from simulator.events import BUBBLE
 from simulator.layout import Layout
 from simulator.routing import ExpertLoad
@@ -125,7 +126,7 @@ class TrainingEstimate:
             "assumptions": list(self.assumptions),
             "warnings": list(self.warnings),
             "gpu_hours": self.gpu_hours,
-            "gpu_hours_interval": None,
+            "gpu_hours_interval": interval(self.scenario, self.gpu_hours),
             "gpu_hours_by_phase": dict(self.phase_gpu_hours),
             "days": self.days,
             "cost_usd": self.cost_usd,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from simulator import errors
-from simulator.cli.options import Engine, EngineOption, JsonOption
+from simulator.cli.options import Engine, JsonOption
 from simulator.report.terminal import note, print_json, ready, show, working
 
 
@@ -30,9 +31,17 @@ def validate(
     profile: Annotated[str | None, typer.Option(help="With --live: the profile that moesim calibrate wrote.")] = None,
     scenario: Annotated[str, typer.Option(help="With --live: the scenario whose step is run.")] = "small-transformer",
     figure: Annotated[Path | None, typer.Option(help="With --calibration: also draw fits and errors.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Only these published runs.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only these published runs: a source, or source/row.")] = None,
+    close: Annotated[
+        bool, typer.Option("--close", help="With --runs: also the layouts set aside for the last prediction.")
+    ] = False,
+    write: Annotated[
+        bool, typer.Option("--write", help="With --runs: write docs/accuracy.md and the errors behind intervals.")
+    ] = False,
     json_: JsonOption = False,
-    engine: EngineOption = Engine.events,
+    engine: Annotated[
+        Engine | None, typer.Option(help="With --runs; default: events for MoE, max-plus for dense runs.")
+    ] = None,
 ) -> None:
     """Hold the simulator against what is known: papers, exact oracles, published runs; all when none is named."""
     everything = not (routing or events or runs or only or calibration or live)
@@ -60,16 +69,9 @@ def validate(
             summaries["events"] = counted_events(found)
     if runs or only or everything:
         with working("judging published runs"):
-            from validation.accuracy import judge, summary
-            from validation.evidence import published_runs
-
-            known = [run.scenario for run in published_runs() if run.scenario]
-            for name in only or ():
-                if name not in known:
-                    raise errors.invalid(errors.one_of(name, known, "published run"), path="--only")
-            found = judge(only or (), engine.reader)
+            found = _runs(only or (), engine, close=close, write=write)
             checks += found
-            summaries["runs"] = summary(found)
+            summaries["runs"] = _runs_summary(found)
     if calibration or everything:
         found = _calibration(figure)
         checks += found
@@ -82,9 +84,42 @@ def validate(
         print_json({"checks": checks, "summary": summaries})
     else:
         from simulator.report.evidence_tables import checks_view
+        from simulator.report.runs_view import runs_view
 
-        show(checks_view(checks))
+        of_runs = [check for check in checks if check["group"] in ("runs", "contrasts")]
+        if of_runs:
+            show(runs_view(of_runs, summaries["runs"]))
+        if others := [check for check in checks if check not in of_runs]:
+            show(checks_view(others))
     raise typer.Exit(1 if any(check["ok"] is False for check in checks) else 0)
+
+
+def _runs(only: Sequence[str], engine: Engine | None, *, close: bool, write: bool) -> list[dict[str, Any]]:
+    """Published runs, and where they are written down."""
+    from validation.accuracy import judge, summary
+    from validation.evidence import sources
+
+    known = [source.name for source in sources()]
+    for name in only:
+        if name.split("/")[0] not in known:
+            raise errors.invalid(errors.one_of(name, known, "published run"), path="--only")
+    if write and (only or close):
+        raise errors.invalid(
+            "the page holds all but the runs set aside: leave out --only and --close", path="--write"
+        )
+    found = judge(only, engine.reader if engine else None, test=close)
+    if write:
+        from validation.accuracy_page import write as write_page
+
+        for path in write_page(found, summary(found)):
+            note(f"wrote {path}")
+    return found
+
+
+def _runs_summary(checks: list[dict[str, Any]]) -> dict[str, Any]:
+    from validation.accuracy import summary
+
+    return summary(checks)
 
 
 def _counted(checks: list[dict[str, Any]]) -> dict[str, Any]:

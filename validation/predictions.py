@@ -1,0 +1,223 @@
+"""Predictions of published runs: every row at every swept point, in parallel, each step simulated once.
+
+Points that differ in the FLOP convention alone share a step. MoE rows are played in SimPy; dense rows are evaluated by
+the max-plus reader, which gives the same where no link is shared. A point that cannot be simulated is kept with its
+reason; it is neither a hit nor a miss.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+from simulator.campaign import Step, simulate_step
+from simulator.errors import MoesimError
+from simulator.events import BUBBLE, evaluate
+from simulator.memory import stage_parameters
+from simulator.spec import EngineName, Scenario
+from simulator.timing import Pricer
+from simulator.workload import parameters
+from validation.evidence import PublishedRun
+from validation.quantities import Convention, flop_per_token, from_memory, from_step_time, step_time_behind
+
+TIMES = ("step_time_", "gpu_hours", "bubble_")
+SPEEDS = frozenset(
+    (
+        *("tokens_per_s_per_accelerator", "samples_per_s", "tflop_per_s_per_accelerator"),
+        *("mfu", "mfu_percent", "mfu_noncausal"),
+    )
+)
+
+NUDGE = 0.05
+"""Change of the gap fraction by which its effect on the step is told."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run at one combination of its swept values.
+
+    ``values``: predicted quantities in their printed units. ``published_s``: the step behind what was measured, under
+    this point's convention; None where no time was. ``ideal_s``: the step at peak rate, counting the FLOPs that
+    the source counts; with it a constant MFU gives a step time. ``growth``: d ln(step) / d gap of the software stack.
+    """
+
+    settings: Mapping[str, Any]
+    values: Mapping[str, float]
+    step_s: float
+    published_s: float | None
+    ideal_s: float
+    growth: float
+    terms_s: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One run at all of its points; ``refused``: why points could not be simulated.
+
+    ``stack``: profile and software stack; ``gap``: the stack's ``gap_fraction`` under which it was predicted.
+    """
+
+    run: PublishedRun
+    engine: EngineName
+    is_moe: bool
+    accelerators: int
+    hardware: str
+    vendor: str
+    stack: str
+    gap: float
+    points: tuple[Point, ...]
+    refused: tuple[str, ...]
+
+    def values(self, quantity: str) -> tuple[float, ...]:
+        """The quantity at every point."""
+        return tuple(point.values[quantity] for point in self.points)
+
+    @property
+    def layout(self) -> str:
+        """What rows that are nearly the same have in common."""
+        return f"{self.run.source}/{self.run.layout}"
+
+    def with_gap(self, gap: float) -> Prediction:
+        """The same under another gap fraction of the stack; memory stays."""
+        points = []
+        for point in self.points:
+            factor = max(1e-3, 1.0 + point.growth * (gap - self.gap))
+            values = {
+                name: value * factor if name.startswith(TIMES) else value / factor if name in SPEEDS else value
+                for name, value in point.values.items()
+            }
+            terms = {name: value * factor for name, value in point.terms_s.items()}
+            points.append(
+                replace(point, values=values, step_s=point.step_s * factor, terms_s=terms, growth=point.growth / factor)
+            )
+        return replace(self, gap=gap, points=tuple(points))
+
+
+def predict(
+    runs: Sequence[tuple[PublishedRun, frozenset[str]]], *, engine: EngineName | None = None, jobs: int | None = None
+) -> list[Prediction]:
+    """Predict the named quantities of every run at every point, in the order given.
+
+    ``engine``: None = SimPy for MoE, max-plus for dense models.
+    """
+    tasks = [(run, tuple(sorted(names)), engine) for run, names in runs]
+    workers = min(len(tasks), jobs or os.cpu_count() or 1)
+    if workers <= 1 or len(tasks) < 4:
+        return [_predict(task) for task in tasks]
+    order = sorted(range(len(tasks)), key=lambda index: -_effort(tasks[index][0]))  # long ones first
+    with ProcessPoolExecutor(workers) as pool:
+        found = dict(zip(order, pool.map(_predict, [tasks[index] for index in order]), strict=True))
+    return [found[index] for index in range(len(tasks))]
+
+
+def _effort(run: PublishedRun) -> float:
+    """A guess at the time that a run takes, to keep all workers busy to the end."""
+    return len(list(run.points())) * (1.0 if run.family.startswith("dense") else 10.0)
+
+
+def _predict(task: tuple[PublishedRun, tuple[str, ...], EngineName | None]) -> Prediction:
+    run, names, engine = task
+    steps: dict[str, tuple[Step, float] | str] = {}
+    points, refused = [], []
+    for settings in run.points():
+        # Points that differ in the FLOP convention alone are one step.
+        played = {path: value for path, value in settings.items() if not path.startswith("convention.")}
+        key = json.dumps(played, sort_keys=True, default=str)
+        scenario, convention = run.at(settings)
+        if key not in steps:
+            steps[key] = _step(scenario, engine)
+        found = steps[key]
+        if isinstance(found, str):
+            refused.append(found)
+        else:
+            points.append(_point(run, names, settings, convention, *found))
+    first = run.at(next(run.points()))[0]
+    cluster = first.cluster
+    return Prediction(
+        run,
+        engine or _reader(first),
+        first.model.moe is not None,
+        cluster.accelerators,
+        cluster.profile.name,
+        cluster.profile.vendor,
+        f"{cluster.profile.name}, {cluster.stack_name}",
+        cluster.profile.stacks[cluster.stack_name].gap_fraction.value,
+        tuple(points),
+        tuple(dict.fromkeys(refused)),
+    )
+
+
+def _step(scenario: Scenario, engine: EngineName | None) -> tuple[Step, float] | str:
+    try:
+        step = simulate_step(scenario, engine or _reader(scenario))
+    except MoesimError as error:
+        return str(error)
+    return step, _growth(step)
+
+
+def _growth(step: Step) -> float:
+    """Relative growth of the step with the gap fraction of its stack, by the max-plus reader of the same Program."""
+    pricer = Pricer(step.scenario, step.layout, step.load)
+    before = evaluate(step.program, pricer.price(step.program.classes)).step_s
+    pricer.gap += NUDGE
+    return (evaluate(step.program, pricer.price(step.program.classes)).step_s / before - 1.0) / NUDGE
+
+
+def _reader(scenario: Scenario) -> EngineName:
+    return "events" if scenario.model.moe is not None else "max-plus"
+
+
+def _point(
+    run: PublishedRun,
+    names: Sequence[str],
+    settings: Mapping[str, Any],
+    convention: Convention,
+    step: Step,
+    growth: float,
+) -> Point:
+    training, cluster = step.scenario.training, step.scenario.cluster
+    tokens = training.steady_batch_sequences * training.tokens_per_sequence
+    peak = float(cluster.profile.accelerator.peak["bf16"].value) * cluster.accelerators
+    return Point(
+        settings=settings,
+        values={name: _value(name, run.rank, convention, step) for name in names},
+        step_s=step.seconds,
+        published_s=_published_s(run, step.scenario, convention),
+        ideal_s=tokens * flop_per_token(step.scenario, convention) / peak,
+        growth=growth,
+        terms_s=dict(step.timeline.breakdown),
+    )
+
+
+def timed(run: PublishedRun) -> str | None:
+    """The quantity that counts as the row's measurement of time: speeds in several units are one measurement."""
+    names = [quantity.name for quantity in run.quantities]
+    return next((name for name in names if name.startswith(("step_time_", "gpu_hours")) or name in SPEEDS), None)
+
+
+def _published_s(run: PublishedRun, scenario: Scenario, convention: Convention) -> float | None:
+    name = timed(run)
+    value = next((quantity.value for quantity in run.quantities if quantity.name == name), None)
+    return None if name is None or value is None else step_time_behind(name, value, scenario, convention)
+
+
+def _value(name: str, rank: int | None, convention: Convention, step: Step) -> float:
+    """A quantity of evidence, formed from the step as its source forms it."""
+    if name == "parameters_total":
+        return parameters.count(step.scenario.model).total.total
+    if name == "bubble_s":
+        return step.timeline.breakdown[BUBBLE]
+    if name == "parameters_per_rank":
+        held = stage_parameters(step.scenario, step.layout, step.layout.stages[rank or 0])
+        return held.dense + held.expert
+    memory = step.memory if rank is None else step.holdings[rank].worst
+    if name.endswith(("_gib", "_gb")):
+        return from_memory(name, memory.terms)
+    return from_step_time(name, step.seconds, step.scenario, convention)
+
+
+__all__ = ["SPEEDS", "TIMES", "Point", "Prediction", "predict", "timed"]
