@@ -21,8 +21,7 @@ import numpy as np
 from simulator import TrainingEstimate, load_scenario
 from simulator.spec import EngineName
 from validation.evidence import Contrast, PublishedRun, Source, published_runs, sources
-from validation.predictions import TIMES, Prediction, predict, timed
-from validation.stack import as_the_others_say
+from validation.predictions import TIMES, Prediction, as_the_others_say, predict, timed
 
 GROUP = "runs"
 
@@ -134,7 +133,8 @@ def _check(
         "hardware": prediction.hardware,
         "vendor": prediction.vendor,
         "stack": prediction.stack,
-        "gap_fraction": prediction.gap,
+        "gap_fraction": prediction.term.gap,
+        "issue_s": prediction.term.issue_s,
         "role": run.role,
         "complete": run.complete,
         "engine": prediction.engine,

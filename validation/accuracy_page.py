@@ -26,6 +26,11 @@ ROOT = Path(__file__).parent.parent
 PAGE, FIGURE = ROOT / "docs" / "accuracy.md", ROOT / "docs" / "accuracy.svg"
 PROFILES = ROOT / "hardware_profiles"
 Check = Mapping[str, Any]
+_INTRODUCTION = """\
+Written by `moesim validate --runs --write`. Nothing here is judged on what it was fitted on: kernel curves come from
+kernel tables, and the stack term of each run from the *other* layouts of its stack
+([decision 8](decisions/0008-the-stack-term.md)). A third of the layouts is set aside and not on this page
+([evidence](evidence.md)). Errors are of the step time; positive means predicted slower.""".splitlines()
 
 
 def write(checks: Sequence[Check], summary: Mapping[str, Mapping[str, Any]]) -> list[Path]:
@@ -77,7 +82,7 @@ def _sample(checks: Iterable[Check]) -> list[dict[str, Any]]:
     for check in checks:
         source = check["layout"].split("/")[0]
         if check["complete"] and check["time_error_percent"] is not None and check["role"] == "fit":
-            row = {"name": check["name"], "reached": check["reached"], "gap_fraction": check["gap_fraction"]}
+            row = {key: check[key] for key in ("name", "reached", "gap_fraction", "issue_s")}
             seen.setdefault(source, row)
     return list(seen.values())
 
@@ -88,10 +93,7 @@ def _page(
     inside, asked = uncertainty.coverage(tuple(errors))
     yield "# Accuracy: predictions against published runs"
     yield ""
-    yield "Written by `moesim validate --runs --write`. Nothing here is judged on what it was fitted on: kernel curves"
-    yield "come from kernel tables, and the stack term of each run from the *other* layouts of its stack. A third of"
-    yield "the layouts is set aside and not on this page ([evidence](evidence.md)). Errors are of the step time; positive ="
-    yield "predicted slower."
+    yield from _INTRODUCTION
     yield ""
     yield "![Predicted against published step time](accuracy.svg)"
     yield ""
@@ -220,12 +222,12 @@ def _draw(checks: Sequence[Check]) -> None:
     from matplotlib import pyplot
 
     families = sorted({check["family"] for check in checks if check["time_error_percent"] is not None})
-    figure, axes = pyplot.subplots(figsize=(10, 5.5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(11, 5.5), layout="constrained")
     for number, family in enumerate(families):
         rows = [check for check in checks if check["family"] == family and check["time_error_percent"] is not None]
         complete = [row for row in rows if row["complete"]]
-        colour, marker = f"C{number % 10}", "o^sDvP*X<>"[number % 10]
-        spread = 1.0 + 0.04 * (number - len(families) / 2.0)
+        colour, marker = mpl.colormaps["tab20"](number % 20), "o^sDvP*X<>"[number % 10]
+        spread = 1.0 + 0.02 * (number - len(families) / 2.0)
         axes.scatter(
             [row["accelerators"] * spread for row in complete],
             [row["time_error_percent"] for row in complete],
@@ -245,7 +247,7 @@ def _draw(checks: Sequence[Check]) -> None:
     axes.set_ylabel("predicted over published step time - 1, %")
     axes.set_ylim(-70, 70)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, ncols=2, loc="lower right")
+    figure.legend(fontsize=7, loc="outside right upper")
     figure.savefig(FIGURE, metadata={"Date": None})
     pyplot.close(figure)
 

@@ -8,7 +8,9 @@ reason; it is neither a hit nor a miss.
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -16,13 +18,13 @@ from typing import Any
 
 from simulator.campaign import Step, simulate_step
 from simulator.errors import MoesimError
-from simulator.events import BUBBLE, evaluate
+from simulator.events import BUBBLE
 from simulator.memory import stage_parameters
 from simulator.spec import EngineName, Scenario
-from simulator.timing import Pricer
 from simulator.workload import parameters
 from validation.evidence import PublishedRun
 from validation.quantities import Convention, flop_per_token, from_memory, from_step_time, step_time_behind
+from validation.stack import Observation, Response, StackTerm, fitted, of_the_others, response
 
 TIMES = ("step_time_", "gpu_hours", "bubble_")
 SPEEDS = frozenset(
@@ -32,9 +34,6 @@ SPEEDS = frozenset(
     )
 )
 
-NUDGE = 0.05
-"""Change of the gap fraction by which its effect on the step is told."""
-
 
 @dataclass(frozen=True)
 class Point:
@@ -42,7 +41,8 @@ class Point:
 
     ``values``: predicted quantities in their printed units. ``published_s``: the step behind what was measured, under
     this point's convention; None where no time was. ``ideal_s``: the step at peak rate, counting the FLOPs that
-    the source counts; with it a constant MFU gives a step time. ``growth``: d ln(step) / d gap of the software stack.
+    the source counts; with it a constant MFU gives a step time. ``response``: how the step answers to the
+    numbers of its software stack.
     """
 
     settings: Mapping[str, Any]
@@ -50,7 +50,7 @@ class Point:
     step_s: float
     published_s: float | None
     ideal_s: float
-    growth: float
+    response: Response
     terms_s: Mapping[str, float]
 
 
@@ -58,7 +58,7 @@ class Point:
 class Prediction:
     """One run at all of its points; ``refused``: why points could not be simulated.
 
-    ``stack``: profile and software stack; ``gap``: the stack's ``gap_fraction`` under which it was predicted.
+    ``stack``: profile and software stack; ``term``: the numbers of the stack under which it was predicted.
     """
 
     run: PublishedRun
@@ -68,7 +68,7 @@ class Prediction:
     hardware: str
     vendor: str
     stack: str
-    gap: float
+    term: StackTerm
     points: tuple[Point, ...]
     refused: tuple[str, ...]
 
@@ -81,20 +81,57 @@ class Prediction:
         """What rows that are nearly the same have in common."""
         return f"{self.run.source}/{self.run.layout}"
 
-    def with_gap(self, gap: float) -> Prediction:
-        """The same under another gap fraction of the stack; memory stays."""
+    @property
+    def observation(self) -> Observation | None:
+        """What the run says of its stack: the middle of its predictions over what was measured; None without a time."""
+        logs = [math.log(point.step_s / point.published_s) for point in self.points if point.published_s]
+        if not logs:
+            return None
+        return Observation(self.stack, self.layout, (min(logs) + max(logs)) / 2.0, self.points[0].response)
+
+    def under(self, term: StackTerm) -> Prediction:
+        """The same under other numbers of the stack; memory stays. Only for a prediction under the profile's own."""
         points = []
         for point in self.points:
-            factor = max(1e-3, 1.0 + point.growth * (gap - self.gap))
+            factor = point.response.factor(term)
             values = {
                 name: value * factor if name.startswith(TIMES) else value / factor if name in SPEEDS else value
                 for name, value in point.values.items()
             }
             terms = {name: value * factor for name, value in point.terms_s.items()}
-            points.append(
-                replace(point, values=values, step_s=point.step_s * factor, terms_s=terms, growth=point.growth / factor)
-            )
-        return replace(self, gap=gap, points=tuple(points))
+            points.append(replace(point, values=values, step_s=point.step_s * factor, terms_s=terms))
+        return replace(self, term=term, points=tuple(points))
+
+
+def as_the_others_say(predictions: Sequence[Prediction]) -> list[Prediction]:
+    """Every prediction under the numbers that all other layouts of its stack give; unchanged where they are too few."""
+    by_stack: dict[str, list[Observation]] = defaultdict(list)
+    for each in predictions:
+        if each.observation is not None:
+            by_stack[each.stack].append(each.observation)
+    issued = {each.stack: each.term.issue_s is not None for each in predictions}
+    known = {stack: of_the_others(some, issues=issued[stack]) for stack, some in by_stack.items()}
+    everything = {stack: fitted(some, issues=issued[stack]) for stack, some in by_stack.items()}
+    found = []
+    for each in predictions:  # a run of which memory or a contrast alone is stated has no say in its stack
+        terms = known.get(each.stack, {})
+        term = terms[each.layout] if each.layout in terms else everything.get(each.stack)
+        found.append(each if term is None else each.under(term))
+    return found
+
+
+def stack_terms(predictions: Sequence[Prediction]) -> dict[str, StackTerm]:
+    """The numbers of every stack from all of its runs: what profiles carry."""
+    by_stack: dict[str, list[Prediction]] = defaultdict(list)
+    for each in predictions:
+        by_stack[each.stack].append(each)
+    found = {}
+    for stack, some in sorted(by_stack.items()):
+        seen = [each.observation for each in some if each.observation is not None]
+        term = fitted(seen, issues=some[0].term.issue_s is not None)
+        if term is not None:
+            found[stack] = term
+    return found
 
 
 def predict(
@@ -121,7 +158,8 @@ def _effort(run: PublishedRun) -> float:
 
 def _predict(task: tuple[PublishedRun, tuple[str, ...], EngineName | None]) -> Prediction:
     run, names, engine = task
-    steps: dict[str, tuple[Step, float] | str] = {}
+    steps: dict[str, Step | str] = {}
+    answer: Response | None = None  # that of the first point stands for all: swept values hardly change it
     points, refused = [], []
     for settings in run.points():
         # Points that differ in the FLOP convention alone are one step.
@@ -133,10 +171,12 @@ def _predict(task: tuple[PublishedRun, tuple[str, ...], EngineName | None]) -> P
         found = steps[key]
         if isinstance(found, str):
             refused.append(found)
-        else:
-            points.append(_point(run, names, settings, convention, *found))
+            continue
+        answer = response(found) if answer is None else answer
+        points.append(_point(run, names, settings, convention, found, answer))
     first = run.at(next(run.points()))[0]
     cluster = first.cluster
+    stack = cluster.profile.stacks[cluster.stack_name]
     return Prediction(
         run,
         engine or _reader(first),
@@ -145,26 +185,17 @@ def _predict(task: tuple[PublishedRun, tuple[str, ...], EngineName | None]) -> P
         cluster.profile.name,
         cluster.profile.vendor,
         f"{cluster.profile.name}, {cluster.stack_name}",
-        cluster.profile.stacks[cluster.stack_name].gap_fraction.value,
+        StackTerm(stack.gap_fraction.value, None if stack.issue is None else stack.issue.value),
         tuple(points),
         tuple(dict.fromkeys(refused)),
     )
 
 
-def _step(scenario: Scenario, engine: EngineName | None) -> tuple[Step, float] | str:
+def _step(scenario: Scenario, engine: EngineName | None) -> Step | str:
     try:
-        step = simulate_step(scenario, engine or _reader(scenario))
+        return simulate_step(scenario, engine or _reader(scenario))
     except MoesimError as error:
         return str(error)
-    return step, _growth(step)
-
-
-def _growth(step: Step) -> float:
-    """Relative growth of the step with the gap fraction of its stack, by the max-plus reader of the same Program."""
-    pricer = Pricer(step.scenario, step.layout, step.load)
-    before = evaluate(step.program, pricer.price(step.program.classes)).step_s
-    pricer.gap += NUDGE
-    return (evaluate(step.program, pricer.price(step.program.classes)).step_s / before - 1.0) / NUDGE
 
 
 def _reader(scenario: Scenario) -> EngineName:
@@ -177,7 +208,7 @@ def _point(
     settings: Mapping[str, Any],
     convention: Convention,
     step: Step,
-    growth: float,
+    answer: Response,
 ) -> Point:
     training, cluster = step.scenario.training, step.scenario.cluster
     tokens = training.steady_batch_sequences * training.tokens_per_sequence
@@ -188,7 +219,7 @@ def _point(
         step_s=step.seconds,
         published_s=_published_s(run, step.scenario, convention),
         ideal_s=tokens * flop_per_token(step.scenario, convention) / peak,
-        growth=growth,
+        response=answer,
         terms_s=dict(step.timeline.breakdown),
     )
 
@@ -220,4 +251,4 @@ def _value(name: str, rank: int | None, convention: Convention, step: Step) -> f
     return from_step_time(name, step.seconds, step.scenario, convention)
 
 
-__all__ = ["SPEEDS", "TIMES", "Point", "Prediction", "predict", "timed"]
+__all__ = ["SPEEDS", "TIMES", "Point", "Prediction", "as_the_others_say", "predict", "stack_terms", "timed"]

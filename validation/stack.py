@@ -1,89 +1,138 @@
-"""The stack term: what whole runs take beyond their kernels, one number for each profile and software stack.
+"""The stack term: what whole runs take beyond their kernels, for each profile and software stack.
 
-Kernel curves are measured on a chip that does nothing else. Training adds launch gaps, synchronisation, casts and
-copies that no op list has, and the lower clock of a hot chip. All of it enters as one share of compute time, the
-stack's ``gap_fraction`` g; it is the only number that is ever estimated from whole runs.
+Kernel curves are measured on a chip that does nothing else. Training adds launch gaps, synchronisation, copies that no
+op list has, and the lower clock of a hot chip: a share of compute time, the stack's ``gap_fraction``. And where Python
+issues the kernels one by one, small kernels wait for it: ``issue`` seconds for each op. These two are the only numbers
+that are ever estimated from whole runs.
 
-The step is close to linear in g, T(g) = T(g0) (1 + s (g - g0)), with s from the max-plus reader. g minimises the mean
-absolute log error over the layouts that share a stack, and a layout is always judged with the g of the *others*, so
-that nothing is judged on what it was fitted on.
+They minimise the mean absolute log error over the layouts that share a stack, and a layout is always judged with the
+numbers of the *others*, so that nothing is judged on what it was fitted on. How a step answers to them is told by the
+max-plus reader at a few values (:class:`Response`).
 """
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import minimize_scalar
+import numpy.typing as npt
 
-from validation.predictions import Prediction
+from simulator.campaign import Step
+from simulator.events import evaluate
+from simulator.timing import Pricer
 
+FloatArray = npt.NDArray[np.float64]
 LEAST_LAYOUTS = 3
-"""Other layouts that a fit needs; with fewer, the number of the profile stands."""
+"""Other layouts that a fit needs; with fewer, the numbers of the profile stand."""
 
-WIDEST = (-0.05, 1.5)
+GAPS = (0.0, 0.4)
+ISSUES_S = (0.0, 40e-6, 100e-6, 200e-6)
+"""Values at which the response of a step is told; between them it is linear, beyond the gaps too."""
+
+_TRIED_GAPS = np.linspace(-0.05, 1.2, 126)
+_TRIED_ISSUES_S = np.linspace(0.0, 200e-6, 21)
+
+
+@dataclass(frozen=True)
+class StackTerm:
+    """The two numbers of a stack; ``issue_s`` None where nothing is issued op by op."""
+
+    gap: float
+    issue_s: float | None
+
+
+@dataclass(frozen=True)
+class Response:
+    """Step time over that of the prediction, by gap and issue [gaps, issues]; one column where issue has no effect."""
+
+    table: FloatArray
+
+    def factor(self, term: StackTerm) -> float:
+        """The factor at one pair of numbers."""
+        return float(self.factors(np.array([term.gap]), np.array([term.issue_s or 0.0]))[0, 0])
+
+    def factors(self, gaps: FloatArray, issues_s: FloatArray) -> FloatArray:
+        """Factors on a grid [gaps, issues]."""
+        rows = [
+            np.interp(issues_s, ISSUES_S, row) if len(row) > 1 else np.full(len(issues_s), row[0]) for row in self.table
+        ]
+        slope = (rows[1] - rows[0]) / (GAPS[1] - GAPS[0])
+        found: FloatArray = np.maximum(rows[0] + slope * (gaps[:, None] - GAPS[0]), 1e-3)
+        return found
+
+
+def response(step: Step) -> Response:
+    """How a step answers to the numbers of its stack, by the max-plus reader of the same Program."""
+    pricer = Pricer(step.scenario, step.layout, step.load)
+    of_profile = pricer.gap, pricer.issue
+
+    def seconds(gap: float, issue_s: float) -> float:
+        pricer.gap, pricer.issue = gap, issue_s
+        return evaluate(step.program, pricer.price(step.program.classes).slowest()).step_s
+
+    base = seconds(*of_profile)
+    first = [seconds(GAPS[0], 0.0)]
+    if of_profile[1] and (most := seconds(GAPS[0], ISSUES_S[-1])) > 1.005 * first[0]:
+        first += [seconds(GAPS[0], issue_s) for issue_s in ISSUES_S[1:-1]] + [most]
+    # Idle time between kernels and the wait for the host do not add up: the longer of the two counts.
+    longer = seconds(GAPS[1], 0.0)
+    return Response(np.array([first, [max(longer, each) for each in first]]) / base)
 
 
 @dataclass(frozen=True)
 class Observation:
-    """One run: log of its predicted over its measured step time at the profile's g, and d ln T / d g."""
+    """One run: log of its predicted over its measured step time under the profile's numbers, and its response."""
 
     stack: str
     layout: str
     log_error: float
-    growth: float
-    gap: float
-
-    def at(self, gap: float) -> float:
-        """Log error with another g."""
-        return self.log_error + math.log(max(1e-3, 1.0 + self.growth * (gap - self.gap)))
+    response: Response
 
 
-def fitted(observations: Sequence[Observation]) -> float | None:
-    """The g that fits some runs best, layouts weighing equally; None if there are too few layouts."""
-    by_layout: dict[str, list[Observation]] = defaultdict(list)
+def fitted(observations: Sequence[Observation], *, issues: bool) -> StackTerm | None:
+    """The numbers that fit some runs best, layouts weighing equally; None if there are too few layouts."""
+    by_layout: dict[str, list[FloatArray]] = defaultdict(list)
+    tried = _TRIED_ISSUES_S if issues else np.zeros(1)
     for each in observations:
-        by_layout[each.layout].append(each)
+        by_layout[each.layout].append(_misses(each, tried))
     if len(by_layout) < LEAST_LAYOUTS:
         return None
-
-    def misses(gap: float) -> float:
-        return float(np.mean([np.mean([abs(each.at(gap)) for each in rows]) for rows in by_layout.values()]))
-
-    return float(minimize_scalar(misses, bounds=WIDEST, method="bounded").x)
+    return _best(np.array([np.mean(rows, axis=0) for rows in by_layout.values()]).mean(axis=0), tried, issues=issues)
 
 
-def observed(prediction: Prediction) -> Observation | None:
-    """What a run says of its stack: the middle of its predictions over what was measured; None without a time."""
-    logs = [math.log(point.step_s / point.published_s) for point in prediction.points if point.published_s]
-    if not logs:
-        return None
-    growth = float(np.mean([point.growth for point in prediction.points]))
-    return Observation(prediction.stack, prediction.layout, (min(logs) + max(logs)) / 2.0, growth, prediction.gap)
+def of_the_others(observations: Sequence[Observation], *, issues: bool) -> Mapping[str, StackTerm | None]:
+    """For every layout of one stack, the numbers that all other layouts give."""
+    tried = _TRIED_ISSUES_S if issues else np.zeros(1)
+    by_layout: dict[str, list[FloatArray]] = defaultdict(list)
+    for each in observations:
+        by_layout[each.layout].append(_misses(each, tried))
+    means = {layout: np.mean(rows, axis=0) for layout, rows in by_layout.items()}
+    if len(means) <= LEAST_LAYOUTS:
+        return dict.fromkeys(means)
+    total = np.sum(list(means.values()), axis=0)
+    return {layout: _best(total - mean, tried, issues=issues) for layout, mean in means.items()}
 
 
-def as_the_others_say(predictions: Sequence[Prediction]) -> list[Prediction]:
-    """Every prediction with the g that all other layouts of its stack give; unchanged where they are too few."""
-    seen = [(each, observed(each)) for each in predictions]
-    known: dict[tuple[str, str], float | None] = {}
-    found = []
-    for each, _ in seen:
-        key = (each.stack, each.layout)
-        if key not in known:
-            known[key] = fitted([o for p, o in seen if o and (p.stack, p.layout != each.layout) == (each.stack, True)])
-        gap = known[key]
-        found.append(each if gap is None else each.with_gap(gap))
-    return found
+def _misses(each: Observation, issues_s: FloatArray) -> FloatArray:
+    """Absolute log error on the grid of what is tried [gaps, issues]."""
+    return np.abs(each.log_error + np.log(each.response.factors(_TRIED_GAPS, issues_s)))
 
 
-def by_stack(predictions: Sequence[Prediction]) -> Mapping[str, float]:
-    """The g of every stack from all of its runs: what profiles carry."""
-    seen = [each for each in map(observed, predictions) if each is not None]
-    gaps = {name: fitted([each for each in seen if each.stack == name]) for name in sorted({o.stack for o in seen})}
-    return {name: gap for name, gap in gaps.items() if gap is not None}
+def _best(misses: FloatArray, issues_s: FloatArray, *, issues: bool) -> StackTerm:
+    gap, issue = np.unravel_index(int(misses.argmin()), misses.shape)
+    return StackTerm(float(_TRIED_GAPS[gap]), float(issues_s[issue]) if issues else None)
 
 
-__all__ = ["LEAST_LAYOUTS", "Observation", "as_the_others_say", "by_stack", "fitted", "observed"]
+__all__ = [
+    "GAPS",
+    "ISSUES_S",
+    "LEAST_LAYOUTS",
+    "Observation",
+    "Response",
+    "StackTerm",
+    "fitted",
+    "of_the_others",
+    "response",
+]

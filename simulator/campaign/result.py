@@ -47,6 +47,11 @@ class TrainingEstimate:
         return self.phase_gpu_hours.total
 
     @property
+    def gpu_hours_interval(self) -> tuple[float, float] | None:
+        """80 % interval of the accelerator-hours by the signed errors of published runs; None without evidence."""
+        return interval(self.scenario, self.gpu_hours)
+
+    @property
     def days(self) -> float:
         """Duration of all phases."""
         return self.phase_seconds.total / SECONDS_PER_DAY
@@ -126,7 +131,7 @@ class TrainingEstimate:
             "assumptions": list(self.assumptions),
             "warnings": list(self.warnings),
             "gpu_hours": self.gpu_hours,
-            "gpu_hours_interval": interval(self.scenario, self.gpu_hours),
+            "gpu_hours_interval": self.gpu_hours_interval,
             "gpu_hours_by_phase": dict(self.phase_gpu_hours),
             "days": self.days,
             "cost_usd": self.cost_usd,

@@ -104,9 +104,7 @@ def _runs(only: Sequence[str], engine: Engine | None, *, close: bool, write: boo
         if name.split("/")[0] not in known:
             raise errors.invalid(errors.one_of(name, known, "published run"), path="--only")
     if write and (only or close):
-        raise errors.invalid(
-            "the page holds all but the runs set aside: leave out --only and --close", path="--write"
-        )
+        raise errors.invalid("the page holds all but the runs set aside: leave out --only and --close", path="--write")
     found = judge(only, engine.reader if engine else None, test=close)
     if write:
         from validation.accuracy_page import write as write_page

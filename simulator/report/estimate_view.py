@@ -51,6 +51,10 @@ def _headline(result: TrainingEstimate) -> RenderableType:
             f"{number(flop.model_flop_per_token_noncausal, 'FLOP')} non-causal",
         ],
     }
+    likely = result.gpu_hours_interval
+    if likely is not None:
+        low, high = likely
+        rows["interval"] = [f"80 %: {low:,.0f} to {high:,.0f} GPU-hours, by the errors of published runs"]
     for name, parts in rows.items():
         table.add_row(name, " ".join(parts))
     return titled(scenario.name, table)

@@ -96,7 +96,7 @@ def _is_memory(check: Check) -> bool:
 
 
 def _distance(check: Check) -> float:
-    return abs(check["time_error_percent"])
+    return abs(float(check["time_error_percent"]))
 
 
 def _range(check: Check) -> str:

@@ -99,6 +99,13 @@ class Stack(Contract):
     gap_fraction: Sourced[NonNegative] = leaf(
         "Idle time between kernels as a share of compute time: launch gaps, synchronisation, jitter.", 0.033
     )
+    issue: Sourced[Seconds] | None = leaf(
+        "Time in which the host issues one op of the op list (its kernels, about 1.7, from Python): kernels that are "
+        "shorter wait for it. Null where a graph or one program issues them.",
+        "17 us",
+        unit="s",
+        default=None,
+    )
     step_overhead: Sourced[Seconds] | None = leaf(
         "Fixed time per step: data loading, logging.", "10 ms", unit="s", default=None
     )

@@ -27,6 +27,7 @@ from simulator.timing.kernels import (
     padded_rows,
     routing_seconds,
 )
+from simulator.timing.unfused import unfused_attention_seconds
 from simulator.workload.ops import AttentionCore, Embedding, Gemm, GroupedGemm, MemoryOp
 
 
@@ -60,6 +61,8 @@ class OpTimes:
         if which == "W":
             return np.zeros((1, 1))
         if isinstance(op, AttentionCore):
+            if not self.scenario.training.fused_attention:
+                return scalar(self._unfused(op, which, device, tokens))
             flop = op.flop_per_token() * tokens / self.tensor
             seconds = attention_seconds(device, op.kind, flop, max(op.context_full / parts, 1.0), which)
             return scalar(seconds * self._attention_slowdown)
@@ -68,6 +71,19 @@ class OpTimes:
         if isinstance(op, MemoryOp) and op.elements:
             return self._memory(op, which, device, tokens, layer, parts)
         return np.zeros((1, 1))
+
+    def _unfused(self, op: AttentionCore, which: Pass, device: Device, tokens: float) -> float:
+        form = self.precision.attention
+        return unfused_attention_seconds(
+            device,
+            op,
+            form,
+            which,
+            tokens=tokens,
+            ranks=self.tensor,
+            size=int(ELEMENT_BYTES[form]),
+            dropout=self.scenario.model.dropout,
+        )
 
     def casts(self, item: Item, which: Pass, device: Device, layer: int | None, parts: int = 1) -> FloatArray:
         """Seconds in which the operands of a linear are cast to the format of its product [rows, lanes]."""
@@ -124,11 +140,14 @@ class OpTimes:
         traffic = op.elements * size * (1.5 if which == "I" and op.kind != "permute" else 1.0)
         if op.rows == "received":
             rows, _, _ = self._received(layer, parts)
-            return np.asarray(memory_seconds(device, traffic * rows / self.scenario.parallelism.expert_tensor))
+            traffic = traffic * rows / self.scenario.parallelism.expert_tensor
+            return np.asarray(memory_seconds(device, traffic, backward=which == "I"))
         shard = {"tensor": self.tensor, "sequence": self.sequence, "none": 1}[op.shard]
         if op.kind == "routing" and which == "F":
             return scalar(routing_seconds(device, traffic * tokens / shard, tokens / shard))
-        return scalar(memory_seconds(device, traffic * tokens / shard, permute=op.kind == "permute"))
+        return scalar(
+            memory_seconds(device, traffic * tokens / shard, permute=op.kind == "permute", backward=which == "I")
+        )
 
     def tokens(self, stack: str) -> float:
         """Tokens of one microbatch on one rank of the dense layers."""

@@ -27,6 +27,7 @@ from simulator.timing.kernels import (
 )
 from simulator.timing.op_times import OpTimes
 from simulator.timing.table import Prices
+from simulator.workload.ops import Gemm, GroupedGemm
 
 RECOMPUTE, CAST, STACK = "recompute", "cast", "stack"
 
@@ -48,8 +49,10 @@ class Pricer:
         self.beside = Device.of(profile, collectives.comm_sms(profile, span))
         self.ops = OpTimes(self.scenario, self.load)
         self.tensor, self.sequence = self.ops.tensor, self.ops.sequence
+        stack = profile.stacks[self.scenario.cluster.stack_name]
+        self.issue = 0.0 if stack.issue is None else stack.issue.value
         self.composition = profile.kernels.composition
-        self.gap = profile.stacks[self.scenario.cluster.stack_name].gap_fraction.value
+        self.gap = stack.gap_fraction.value
         self.by_rank = self.ops.by_rank
 
     def price(self, classes: Sequence[OpClass]) -> Prices:
@@ -112,6 +115,9 @@ class Pricer:
         total = sum(parts.values(), np.zeros((1, 1)))
         parts[STACK] = total * self.gap
         total = total * (1.0 + self.gap)
+        waiting = np.maximum(self.issue * _issued(each) - total, 0.0)
+        parts[STACK] = parts[STACK] + waiting  # the host has not issued the next kernel yet
+        total = total + waiting
         mean = float(total.mean())
         return total, {name: float(value.mean()) / mean for name, value in parts.items() if mean and value.any()}
 
@@ -178,6 +184,12 @@ class Pricer:
     @_transfers.register
     def _(self, each: Bulk) -> Transfer:
         return transfer(self.profile, self.layout.spans[each.group], each.kind, each.size_bytes)
+
+
+def _issued(each: Compute) -> int:
+    """Ops that the host has to issue: of a weight gradient the products alone."""
+    linear = sum(isinstance(item.op, Gemm | GroupedGemm) for item in each.items)
+    return len(each.repeats) + (linear if each.which == "W" else len(each.items))
 
 
 def exchange(pricer: Pricer, each: Exchange) -> Transfer:

@@ -34,6 +34,7 @@ from simulator.timing.kernels import (
     padded_rows,
     routing_seconds,
 )
+from simulator.timing.unfused import unfused_attention_seconds
 from simulator.workload.ops import AttentionCore, Collective, Gemm, GroupedGemm, MemoryOp
 
 Counts = npt.NDArray[np.int64]
@@ -234,6 +235,20 @@ def test_choosing_experts_costs_launches_and_tokens_rather_than_bytes() -> None:
     assert routing_seconds(with_kernels(memory=curve), 8e9, 1000) == pytest.approx(150 * US)
     curve = curve.model_copy(update={"routing_per_token": number(0.2 * US)})
     assert routing_seconds(with_kernels(memory=curve), 8e9, 1000) == pytest.approx(350 * US)
+
+
+def test_attention_without_a_fused_core_moves_its_scores() -> None:
+    """1000 queries, 10 heads of 100, 500 keys: 5 M scores; 2 GFLOP forward, 4 backward, at 1 + 250/100 of full rate."""
+    op = AttentionCore("core", "attention_core", heads=10, qk_dim=100, value_dim=100, context=250.0, context_full=500.0)
+
+    def core(which: Pass, *, dropout: bool, ranks: int = 1) -> float:
+        return unfused_attention_seconds(WHOLE, op, "bf16", which, tokens=1000, ranks=ranks, size=2, dropout=dropout)
+
+    scores, rate = 5e6, 800e12 / (1 + 250 / 100)
+    assert core("F", dropout=False) == pytest.approx(3 * 2 * US + 2e9 / rate + scores * 8 / 0.8e12)
+    assert core("F", dropout=True) == pytest.approx(4 * 2 * US + 2e9 / rate + scores * 13 / 0.8e12)
+    assert core("I", dropout=True) == pytest.approx(6 * 2 * US + 4e9 / rate + scores * 19 / 0.8e12)
+    assert core("F", dropout=False, ranks=2) - 6 * US == pytest.approx((core("F", dropout=False) - 6 * US) / 2)
 
 
 def test_operands_are_cast_once_for_each_direction_of_their_tiles() -> None:
@@ -550,6 +565,21 @@ def test_experts_have_a_time_for_every_microbatch_and_rank() -> None:
 
     assert priced.seconds.shape == (len(counts), 8)
     assert priced.seconds == pytest.approx(expected)
+
+
+def test_kernels_that_are_shorter_than_their_issue_wait_for_the_host() -> None:
+    """Two ops at a second each; the weight gradient of the product alone at one; what is waited for is the stack's."""
+    overrides = {"stacks.plain.issue": {"value": "1 s", "source": "here", "kind": "assumed"}}
+    prices = pricer(**{"cluster.overrides": overrides})
+    items = tuple(
+        Item(op, "decoder", op.family)
+        for op in (Gemm("square", "attention", n=1000, k=1000), MemoryOp("norm", "norm", elements=2000))
+    )
+    priced = prices.price([Compute(which, items, (), None, False) for which in ("F", "W")])
+
+    assert priced.seconds[:, 0].tolist() == pytest.approx([2.0, 1.0])
+    assert priced.share[0, priced.families.index("stack")] == pytest.approx(1.0, abs=1e-3)
+    assert priced.share.sum(axis=1) == pytest.approx(1.0)
 
 
 def test_a_stretch_of_kernels_is_their_sum_by_family_with_the_gaps_of_the_stack() -> None:
