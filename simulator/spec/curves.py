@@ -86,6 +86,20 @@ class GemmCurve(Contract):
     columns_half: Sourced[NonNegative] | None = leaf(
         "Columns of the output at which half of the rate is lost.", 39, default=None
     )
+    norm: Sourced[Positive] | None = leaf(
+        "p: how far computing hides moving, (c^p + b^p)^(1/p); 1 not at all; default 4.", 2.0, default=None
+    )
+    stream_fraction: Sourced[PositiveFraction] | None = leaf(
+        "Share of the memory bandwidth at which operands stream; default: that of memory-bound kernels.",
+        0.5,
+        default=None,
+    )
+    gradient_bytes: Sourced[Positive] | None = leaf(
+        "Bytes moved for each element of the weight gradient; default 8: read and written in FP32.",
+        4.0,
+        unit="B",
+        default=None,
+    )
     quantize_passes: Sourced[NonNegative] | None = leaf(
         "Time to cast operands to the low format, over the time to move their bytes once.", 1.0, default=None
     )
@@ -106,6 +120,9 @@ class GroupedGemmCurve(Contract):
     wgrad_rows_half: Sourced[NonNegative] = leaf(
         "Tokens per expert at which the weight gradient loses half its rate.", 128
     )
+    norm: Sourced[Positive] | None = leaf("As for the dense product.", 2.0, default=None)
+    stream_fraction: Sourced[PositiveFraction] | None = leaf("As for the dense product.", 0.5, default=None)
+    gradient_bytes: Sourced[Positive] | None = leaf("As for the dense product.", 4.0, unit="B", default=None)
     quantize_passes: Sourced[NonNegative] | None = leaf("As for the dense product.", 1.0, default=None)
     dgrad_scale: Sourced[Positive] = leaf("Efficiency of the input gradient relative to forward.", 0.98)
     wgrad_scale: Sourced[Positive] = leaf("Efficiency of the weight gradient relative to forward.", 0.93)
@@ -130,6 +147,9 @@ class MemoryCurve(Contract):
     launch: Sourced[Seconds] = leaf("Fixed cost of one kernel.", "3 us", unit="s")
     fraction: Sourced[PositiveFraction] = leaf("Share of the memory bandwidth.", 0.8)
     permute_fraction: Sourced[PositiveFraction] = leaf("The same for gather and scatter of tokens.", 0.5)
+    backward_scale: Sourced[Positive] | None = leaf(
+        "Rate of a backward that is made of several kernels, relative to forward; default 1.", 0.6, default=None
+    )
     cache_bytes: Sourced[Bytes] | None = leaf("What a kernel can move inside a cache.", "32 MB", unit="B", default=None)
     cache_bandwidth: Sourced[BytesPerSecond] | None = leaf(
         "Bandwidth inside the cache.", "40 GB/s", unit="B/s", default=None

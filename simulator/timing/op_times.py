@@ -140,8 +140,8 @@ class OpTimes:
         traffic = op.elements * size * (1.5 if which == "I" and op.kind != "permute" else 1.0)
         if op.rows == "received":
             rows, _, _ = self._received(layer, parts)
-            traffic = traffic * rows / self.scenario.parallelism.expert_tensor
-            return np.asarray(memory_seconds(device, traffic, backward=which == "I"))
+            received = traffic * rows / self.scenario.parallelism.expert_tensor
+            return np.asarray(memory_seconds(device, received, backward=which == "I"))
         shard = {"tensor": self.tensor, "sequence": self.sequence, "none": 1}[op.shard]
         if op.kind == "routing" and which == "F":
             return scalar(routing_seconds(device, traffic * tokens / shard, tokens / shard))
