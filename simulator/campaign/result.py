@@ -131,7 +131,7 @@ class TrainingEstimate:
             "assumptions": list(self.assumptions),
             "warnings": list(self.warnings),
             "gpu_hours": self.gpu_hours,
-            "gpu_hours_interval": self.gpu_hours_interval,
+            "gpu_hours_interval": None if (likely := self.gpu_hours_interval) is None else list(likely),
             "gpu_hours_by_phase": dict(self.phase_gpu_hours),
             "days": self.days,
             "cost_usd": self.cost_usd,

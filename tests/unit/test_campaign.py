@@ -275,8 +275,16 @@ def test_terms_sum_to_their_totals(answer: dict[str, Any]) -> None:
     assert sum(by_tier.values()) == pytest.approx(answer["all_to_all_bytes_per_token"], rel=1e-9)
 
 
+def test_the_interval_holds_the_estimate_or_says_by_how_much_such_runs_were_off(answer: dict[str, Any]) -> None:
+    low, high = answer["gpu_hours_interval"]
+
+    assert 0.0 < low < high
+    assert low < 1.5 * answer["gpu_hours"]
+    assert high > answer["gpu_hours"] / 1.5
+
+
 def test_the_answer_names_its_inputs(answer: dict[str, Any]) -> None:
-    stated = {key: answer[key] for key in ("schema_version", "name", "engine", "seed", "profile", "gpu_hours_interval")}
+    stated = {key: answer[key] for key in ("schema_version", "name", "engine", "seed", "profile")}
 
     assert stated == {
         "schema_version": 1,
@@ -284,7 +292,6 @@ def test_the_answer_names_its_inputs(answer: dict[str, Any]) -> None:
         "engine": "events",
         "seed": 0,
         "profile": "h100-sxm",
-        "gpu_hours_interval": None,
     }
     assert answer["profile_sha256"] == profile_sha256(load_profile("h100-sxm"))
     assert (answer["mfu_peak_flop_per_s"], answer["microbatches"]) == (989.4e12, 16)
