@@ -10,7 +10,7 @@ import numpy as np
 from simulator.spec.hardware import HardwareProfile
 from validation import shapes
 from validation.cases import Case
-from validation.fit import Fitted
+from validation.fitted import Fitted
 from validation.predict import ROUTING, piece_seconds
 from validation.records import Environment, Record, Recording
 from validation.samples import Sample

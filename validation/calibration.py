@@ -134,7 +134,7 @@ def judge_recording(name: str, calibration: Calibration) -> Iterator[Check]:
         if found is None:
             continue
         words = WORDS.get(target.category, target.category)
-        words += ", from measured pieces" if target.which == "pieces" else ""
+        words += ", from measured pieces and one factor" if target.which == "pieces" else ""
         words += ", median" if target.statistic == "median" else ", MAPE"
         most, reached = 100.0 * target.most, 100.0 * getattr(found, target.statistic)
         yield at_most(group, words, most, reached, "%", f"{source}, {found.cases} cases")

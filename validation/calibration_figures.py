@@ -13,7 +13,7 @@ import numpy as np
 
 from validation.baselines import case_work
 from validation.calibrate import Calibration
-from validation.fit import Curve
+from validation.fitted import Curve
 from validation.holdout import category
 
 POINTS = 60

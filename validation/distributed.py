@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Mapping, Sequence
+from functools import partial
 from math import ceil
 from time import perf_counter
 from typing import Any
@@ -27,7 +28,8 @@ from validation.dispatch import combine, permute
 from validation.expert_ffn import Experts
 from validation.moe_layer import MoELayer
 from validation.suites import Effort
-from validation.torch_pieces import DTYPES, Work, loaded_tokens, moe_layer, reference, run
+from validation.torch_cold import Work, cold_copies, in_turn, with_fresh_outputs
+from validation.torch_pieces import DTYPES, loaded_tokens, moe_layer, reference, run
 from validation.torch_processes import Say, started
 
 MOST_REPEATS = 500
@@ -151,7 +153,9 @@ def _work(case: Case, rank: int, device: torch.device) -> Work:
     torch.manual_seed(1 + rank)
     x = loaded_tokens(whole, fields, factory)
     layer = ExpertParallelLayer(whole, rank, ranks)
-    return run(fields, lambda: layer(x), [x, *whole.parameters()])
+    turns = cold_copies(layer, whole.parameters())
+    works = [run(fields, partial(each, x), [x, *each.layer.parameters()]) for each in turns]
+    return with_fresh_outputs(in_turn(works), device)
 
 
 def _repeated(work: Work, effort: Effort, device: torch.device) -> list[float]:

@@ -17,21 +17,20 @@ A machine has one profile for each implementation of the experts, which share ev
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 
 from simulator.errors import invalid
 from simulator.spec.hardware import HardwareProfile
-from simulator.timing.kernels import FloatArray
 from validation import forms
-from validation.compose import expert_parallel_seconds, layer_seconds, ranks_stack, step_seconds
+from validation.compose import expert_parallel_seconds, layer_seconds, ranks_stack
+from validation.fitted import Curve, Fitted, known
 from validation.forms import Form, with_values
-from validation.least_squares import RESAMPLES, SCALE, Data, Solution, cross_validated, solution
+from validation.least_squares import RESAMPLES, Data, composition_factor, cross_validated, solution
 from validation.machine import blank, with_composition, with_product
-from validation.predict import ROUTING, Case, attention_kind, piece_seconds, seconds_by_profile
+from validation.predict import ROUTING, UPDATES, attention_kind, seconds_by_profile
 from validation.records import Environment
 from validation.samples import Sample, routing_samples
 
@@ -40,70 +39,6 @@ SIMPLER = 1.02
 
 FEWEST_SHAPES = 3
 """Layers with expert products of an implementation, below which these are left out of the profile."""
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One fitted curve: where it stands, the form that was chosen, and the error of every form when left out."""
-
-    path: str
-    form: Form
-    errors: Mapping[str, float]
-    solution: Solution
-    samples: Sequence[Sample]
-    implementation: str | None = None
-
-    def intervals(self) -> dict[str, tuple[float, float, float]]:
-        """Value, and the bounds that hold 90 % of the resampled values, by path."""
-        low, high = np.percentile(self.solution.resampled, [5.0, 95.0], axis=0)
-        rows = zip(self.form.parameters, self.solution.values, low, high, strict=True)
-        return {each.path: (float(value), float(least), float(most)) for each, value, least, most in rows}
-
-    @property
-    def name(self) -> str:
-        """The path without what all have in common, and the implementation of experts."""
-        short = self.path.removeprefix("kernels.")
-        return short if self.implementation is None else f"{short} ({self.implementation})"
-
-
-@dataclass
-class Fitted:
-    """What was fitted to a machine; ``profiles`` by implementation of the experts, ``main`` the usual one."""
-
-    profiles: dict[str, HardwareProfile]
-    main: str
-    curves: list[Curve] = field(default_factory=list)
-    factors: dict[str, tuple[float, float, float]] = field(default_factory=dict)
-
-    @property
-    def profile(self) -> HardwareProfile:
-        """The profile of the usual implementation."""
-        return self.profiles[self.main]
-
-    def band(self, curve: Curve, cases: Sequence[Case], draws: int = 100) -> FloatArray:
-        """Seconds of cases of a curve: fitted, and the bounds of 90 % of the resampled fits [3, cases]."""
-        rule = seconds_by_profile(curve.samples[0].kind, cases)
-        profile = self.profiles[curve.implementation or self.main]
-        names = [each.path for each in curve.form.parameters]
-        found = [
-            rule(with_values(profile, dict(zip(names, map(float, values), strict=True))))
-            for values in (curve.solution.values, *curve.solution.resampled[:draws])
-        ]
-        low, high = np.percentile(found, [5.0, 95.0], axis=0)
-        return np.array([found[0], low, high])
-
-    def seconds(self, samples: Sequence[Sample]) -> FloatArray:
-        """Predicted seconds [samples]; NaN where nothing of the kind was fitted."""
-        result = np.full(len(samples), np.nan)
-        groups: dict[tuple[str, str], list[int]] = {}
-        for index, sample in enumerate(samples):
-            groups.setdefault((sample.kind, sample.case.get("implementation", self.main)), []).append(index)
-        for (kind, implementation), members in groups.items():
-            profile = self.profiles.get(implementation)
-            where = [index for index in members if profile is not None and _known(profile, samples[index])]
-            if profile is not None and where:
-                result[where] = _predicted(profile, kind, [samples[index] for index in where])
-        return result
 
 
 def fit(samples: Sequence[Sample], environment: Environment, *, intervals: bool = True) -> Fitted:
@@ -118,8 +53,11 @@ def fit(samples: Sequence[Sample], environment: Environment, *, intervals: bool 
     implementations = [each.case["implementation"] for each in found.get("layer", []) + found.get("grouped_gemm", [])]
     main = max(sorted(set(implementations)), key=implementations.count, default="batched")
     profile, curves = blank(found, environment), list[Curve]()
+    updates = any(each.case["op"] in UPDATES for each in found["memory"])
     fastest = max(each.case["bytes"] / each.seconds for each in found["memory"])
-    profile = _fitted(profile, "kernels.memory", found["memory"], forms.memory(fastest), curves, intervals)
+    profile = _fitted(
+        profile, "kernels.memory", found["memory"], forms.memory(fastest, updates=updates), curves, intervals
+    )
     if choices := routing_samples(samples):
         profile = _fitted(profile, "kernels.memory.routing", choices, forms.routing(), curves, intervals)
     for form in profile.kernels.gemm:
@@ -207,33 +145,6 @@ def _with_experts(
     return profile
 
 
-def _known(profile: HardwareProfile, sample: Sample) -> bool:
-    """Whether the profile has the curves that a case needs."""
-    form, kernels = sample.case.get("form"), profile.kernels
-    experts = form in kernels.grouped_gemm
-    return {
-        "gemm": form in kernels.gemm,
-        "grouped_gemm": experts,
-        "attention": sample.kind == "attention" and attention_kind(sample.case) in kernels.attention,
-        "memory": sample.case.get("op") not in ROUTING,
-        "all_to_all": "all_to_all" in profile.tiers[0].collectives,
-        "layer": experts and form in kernels.gemm,
-        "step": experts and form in kernels.gemm and "mha" in kernels.attention,
-        "expert_parallel_layer": experts and "all_to_all" in profile.tiers[0].collectives,
-    }[sample.kind]
-
-
-def _predicted(profile: HardwareProfile, kind: str, samples: Sequence[Sample]) -> FloatArray:
-    cases = [each.case for each in samples]
-    if kind == "layer":
-        return np.array([sum(layer_seconds(case, profile)) for case in cases])
-    if kind == "step":
-        return np.array([step_seconds(case, profile) for case in cases])
-    if kind == "expert_parallel_layer":
-        return np.array([sum(expert_parallel_seconds(case, profile)) for case in cases])
-    return piece_seconds(profile, kind, cases)
-
-
 # --- composition and stacks -------------------------------------------------------------------------------------------
 
 
@@ -244,8 +155,8 @@ def _compose(fitted: Fitted, found: Mapping[str, Sequence[Sample]], draws: int) 
         sums = np.array([layer_seconds(each.case, fitted.profiles[each.case["implementation"]]) for each in layers])
         alone = np.array([each.case["which"] == "F" for each in layers])
         seconds = np.array([each.seconds for each in layers])
-        forward = _factor(seconds[alone], sums[alone, 0], np.zeros(int(alone.sum())), draws)
-        backward = _factor(seconds[~alone], sums[~alone, 1], forward[0] * sums[~alone, 0], draws)
+        forward = composition_factor(seconds[alone], sums[alone, 0], np.zeros(int(alone.sum())), draws)
+        backward = composition_factor(seconds[~alone], sums[~alone, 1], forward[0] * sums[~alone, 0], draws)
         fitted.factors.update({"composition.forward": forward, "composition.backward": backward})
         values = {"kernels.composition.forward": forward[0], "kernels.composition.backward": backward[0]}
         for name, profile in fitted.profiles.items():
@@ -257,7 +168,7 @@ def _compose(fitted: Fitted, found: Mapping[str, Sequence[Sample]], draws: int) 
             continue
         parts = [expert_parallel_seconds(each.case, fitted.profiles[each.case["implementation"]]) for each in shared]
         compute, moved = np.array(parts).T
-        factor = _factor(np.array([each.seconds for each in shared]), compute, moved, draws)
+        factor = composition_factor(np.array([each.seconds for each in shared]), compute, moved, draws)
         fitted.factors[ranks_stack(ranks)] = factor
         for name, profile in fitted.profiles.items():
             stack = profile.stacks["pytorch"]
@@ -269,24 +180,7 @@ def _compose(fitted: Fitted, found: Mapping[str, Sequence[Sample]], draws: int) 
 
 def _known_in(fitted: Fitted, sample: Sample) -> bool:
     profile = fitted.profiles.get(sample.case["implementation"])
-    return profile is not None and _known(profile, sample)
+    return profile is not None and known(profile, sample)
 
 
-def _factor(seconds: FloatArray, scaled: FloatArray, fixed: FloatArray, draws: int) -> tuple[float, float, float]:
-    """The factor f with which f x scaled + fixed is robustly nearest to seconds, and its 90 % interval."""
-    if not len(seconds):
-        return 1.0, 1.0, 1.0
-
-    def best(chosen: Any) -> float:
-        def cost(log: float) -> float:
-            missed = np.log((np.exp(log) * scaled[chosen] + fixed[chosen]) / seconds[chosen]) / SCALE
-            return float((np.sqrt(1.0 + missed**2) - 1.0).sum())
-
-        return float(np.exp(minimize_scalar(cost, bounds=(-2.0, 2.0), method="bounded").x))
-
-    rng, count = np.random.default_rng(0), len(seconds)
-    low, high = np.percentile([best(rng.integers(count, size=count)) for _ in range(draws)], [5.0, 95.0])
-    return best(np.arange(count)), float(low), float(high)
-
-
-__all__ = ["Curve", "Fitted", "by_kind", "fit"]
+__all__ = ["by_kind", "fit"]

@@ -3,9 +3,11 @@
 A form names the parameters that are fitted, with bounds that physics sets, and the fields that it holds fixed:
 
     gemm, grouped_gemm   flat: launch and efficiency; inner: + k_half; sides: + rows_half, columns_half;
+                         streams: + a bandwidth of its own for the operands;
                          tiles (GPU): whole waves of 128 x 128 tiles and throttling, with k_half
     attention            constant: one rate; growing: with the context
-    memory               plain: launch and bandwidth; cache: a first part of the bytes moves faster
+    memory               plain: launch and bandwidth; cache: a first part of the bytes moves faster; each also with
+                         a rate of its own for the backward
     routing              a cost of each layer and of each token
     all_to_all           straight: latency and bandwidth; ramp: + c sqrt(bytes); knee: slower beyond a size; by the
                          bytes of the busiest rank or of all ranks
@@ -57,11 +59,15 @@ def products(path: str, *, grouped: bool, device: str) -> list[Form]:
             f"{path}.throttle_per_decade": 0.0,
         }
     )
+    streams = Parameter(f"{path}.stream_fraction", 0.5, 0.01, 1.0)
+    still = dict(smooth)
+    smooth[streams.path] = None
     none = {f"{path}.rows_half": None, f"{path}.columns_half": None}
     forms = [
         Form("flat", (launch, efficiency, *scales), {**smooth, **none, f"{path}.k_half": 0.0}),
         Form("inner", (launch, efficiency, inner, *scales), {**smooth, **none}),
         Form("sides", (launch, efficiency, inner, *sides, *scales), smooth),
+        Form("streams", (launch, efficiency, inner, *sides, *scales, streams), still),
     ]
     if device == "cuda" and grouped:
         forms += [
@@ -88,10 +94,13 @@ def attention(path: str, fastest_flop_per_s: float) -> list[Form]:
     return [Form("constant", rest, {f"{path}.s_half": 0.0}), Form("growing", (*rest, growing))]
 
 
-def memory(fastest_bytes_per_s: float) -> list[Form]:
-    """Without and with a cache; nothing in the cache is faster than the fastest op that was measured."""
+def memory(fastest_bytes_per_s: float, *, updates: bool) -> list[Form]:
+    """Without and with a cache; nothing in the cache is faster than the fastest op that was measured.
+
+    ``updates``: the optimizer's was measured too, and has a bandwidth of its own.
+    """
     path = "kernels.memory"
-    plain = (
+    plain: tuple[Parameter, ...] = (
         Parameter(f"{path}.launch", 5e-6, 1e-7, 1e-3),
         Parameter(f"{path}.fraction", 0.6, 0.01, 1.0),
         Parameter(f"{path}.permute_fraction", 0.4, 0.01, 1.0),
@@ -102,8 +111,16 @@ def memory(fastest_bytes_per_s: float) -> list[Form]:
             f"{path}.cache_bandwidth", 0.6 * fastest_bytes_per_s, 0.01 * fastest_bytes_per_s, fastest_bytes_per_s
         ),
     )
-    none = {f"{path}.cache_bytes": None, f"{path}.cache_bandwidth": None}
-    return [Form("plain", plain, none), Form("cache", (*plain, *cache))]
+    if updates:
+        plain = (*plain, Parameter(f"{path}.update_fraction", 0.8, 0.01, 1.0))
+    backward = Parameter(f"{path}.backward_scale", 0.7, 0.1, 2.0)
+    none, alike = {f"{path}.cache_bytes": None, f"{path}.cache_bandwidth": None}, {backward.path: None}
+    return [
+        Form("plain", plain, none | alike),
+        Form("cache", (*plain, *cache), alike),
+        Form("plain, backward", (*plain, backward), none),
+        Form("cache, backward", (*plain, *cache, backward)),
+    ]
 
 
 def routing() -> list[Form]:

@@ -8,7 +8,7 @@ training steps of one model (stride 2 or 4 against 1, a capacity factor against 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -18,6 +18,7 @@ from simulator.timing.kernels import FloatArray
 from validation import baselines
 from validation.compose import measured_seconds
 from validation.fit import fit
+from validation.least_squares import composition_factor
 from validation.records import Environment
 from validation.samples import Sample, halves
 
@@ -30,7 +31,8 @@ LONG_S = 1e-3
 class Held:
     """One held-out case: what it took, and the predictions in seconds.
 
-    ``pieces``: the sum of its pieces that were timed alone, where all of them were. NaN: cannot be predicted.
+    ``pieces``: the sum of its pieces that were timed alone, where all of them were, times what wholes of the training
+    half take over such sums. NaN: cannot be predicted.
     """
 
     sample: Sample
@@ -64,13 +66,25 @@ def held_out(samples: Sequence[Sample], environment: Environment, seeds: Iterabl
         fitted = fit(training, environment, intervals=False)
         predicted = fitted.seconds(left)
         simple = {rule: _baseline(rule, training, left) for rule in baselines.RULES}
+        composed = _composed(training, left, alone)
         for index, sample in enumerate(left):
-            pieces = measured_seconds(sample.case, alone)
             rate, overhead = (float(simple[rule][index]) for rule in baselines.RULES)
-            found.append(
-                Held(sample, seed, float(predicted[index]), rate, overhead, np.nan if pieces is None else pieces)
-            )
+            found.append(Held(sample, seed, float(predicted[index]), rate, overhead, float(composed[index])))
     return found
+
+
+def _composed(training: Sequence[Sample], left: Sequence[Sample], alone: Mapping[str, float]) -> FloatArray:
+    """Sums of measured pieces, times one factor for each category of wholes that is fitted to the training half."""
+    result = np.full(len(left), np.nan)
+    sums = {sample.key: measured_seconds(sample.case, alone) for sample in (*training, *left)}
+    for group in {category(sample)[0] for sample in left if sums[sample.key] is not None}:
+        known = [each for each in training if category(each)[0] == group and sums[each.key] is not None]
+        where = [index for index, each in enumerate(left) if category(each)[0] == group and sums[each.key] is not None]
+        if known:
+            seconds, total = np.array([(each.seconds, sums[each.key]) for each in known], dtype=np.float64).T
+            factor, _, _ = composition_factor(seconds, total, np.zeros(len(known)), 1)
+            result[where] = [factor * float(sums[left[index].key] or 0.0) for index in where]
+    return result
 
 
 def category(sample: Sample) -> tuple[str, ...]:

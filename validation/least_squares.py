@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares, lsq_linear
+from scipy.optimize import least_squares, lsq_linear, minimize_scalar
 
 from simulator.timing.kernels import FloatArray
 
@@ -140,4 +140,25 @@ def _bootstrap(
     return np.clip(drawn, low, high)
 
 
-__all__ = ["Data", "Parameter", "Predict", "Solution", "cross_validated", "solution", "solve"]
+def composition_factor(
+    seconds: FloatArray, scaled: FloatArray, fixed: FloatArray, draws: int
+) -> tuple[float, float, float]:
+    """The factor f with which f x scaled + fixed is robustly nearest to seconds, and its 90 % interval."""
+    if not len(seconds):
+        return 1.0, 1.0, 1.0
+
+    def best(chosen: Any) -> float:
+        def cost(log: float) -> float:
+            missed = np.log((np.exp(log) * scaled[chosen] + fixed[chosen]) / seconds[chosen]) / SCALE
+            return float((np.sqrt(1.0 + missed**2) - 1.0).sum())
+
+        return float(np.exp(minimize_scalar(cost, bounds=(-2.0, 2.0), method="bounded").x))
+
+    rng, count = np.random.default_rng(0), len(seconds)
+    low, high = np.percentile([best(rng.integers(count, size=count)) for _ in range(draws)], [5.0, 95.0])
+    return best(np.arange(count)), float(low), float(high)
+
+
+__all__ = [
+    "Data", "Parameter", "Predict", "Solution", "composition_factor", "cross_validated", "solution", "solve",
+]  # fmt: skip

@@ -127,7 +127,7 @@ def _chip(found: Mapping[str, Sequence[Sample]], environment: Environment) -> Le
 
 def _streaming(samples: Sequence[Sample]) -> float:
     """Best bytes per second of an op too large for a cache; without one, of the largest that were measured."""
-    streams = [each for each in samples if each.case["op"] in STREAMING] or list(samples)
+    streams = [each for each in samples if each.case["op"] in STREAMING and each.case["which"] == "F"] or list(samples)
     largest = max(float(each.case["bytes"]) for each in streams)
     large = [each for each in streams if each.case["bytes"] >= min(STREAM_BYTES, 0.5 * largest)]
     return digits(max(each.case["bytes"] / each.seconds for each in large))

@@ -30,11 +30,12 @@ from time import monotonic, perf_counter
 import torch
 
 from simulator.errors import InvalidInput, NotSimulated, invalid
-from validation import distributed, records
+from validation import distributed, records, steadiness
 from validation.cases import Case
 from validation.records import Environment, Record
 from validation.suites import ALLOCATOR, Effort, Suite, suite
-from validation.torch_pieces import Work, reference, work
+from validation.torch_cold import Work
+from validation.torch_pieces import reference, work
 
 Timing = tuple[str, list[float], float]
 """Key of a case, seconds of its repeats, seconds of the reference kernel beside it."""
@@ -75,7 +76,7 @@ class Run:
             finished = records.finished_keys(found.records, number)
             cases = [case for case in self.suite.cases() if case.key not in finished]
             self._pass(number, cases, found.environment.id)
-        for kind, noise in records.noise(records.read(self.out).records).items():
+        for kind, noise in steadiness.noise(records.read(self.out).records).items():
             say(
                 f"{kind}: {noise.cases} cases, second pass off by {noise.mape:.1%} on average, "
                 f"{noise.median:.1%} in the median, {noise.maximum:.1%} at most"

@@ -31,6 +31,7 @@ from simulator.timing.kernels import (
     memory_seconds,
     padded_rows,
     routing_seconds,
+    update_seconds,
 )
 
 Case = Mapping[str, Any]
@@ -38,6 +39,8 @@ Rule = Callable[[HardwareProfile], FloatArray]
 PIECES = ("gemm", "grouped_gemm", "attention", "memory", "all_to_all")
 PERMUTES = ("permute", "unpermute")
 """Memory-bound ops that gather or scatter rows: they have a rate of their own."""
+UPDATES = ("adam",)
+"""The optimizer's update."""
 ROUTING = ("top_k", "plan")
 """Ops that choose experts and plan their rows: many small kernels, which the simulator prices together."""
 
@@ -139,14 +142,25 @@ def _attention(cases: Sequence[Case]) -> Rule:
 
 
 def _memory(cases: Sequence[Case]) -> Rule:
-    size = np.array([float(case["bytes"]) for case in cases])
-    permutes = np.array([case["op"] in PERMUTES for case in cases])
+    def rule(sort: str, backward: bool, size: FloatArray) -> Rule:
+        def seconds(profile: HardwareProfile) -> FloatArray:
+            device = Device.of(profile)
+            if sort == "update":
+                return np.asarray(update_seconds(device, size))
+            return np.asarray(memory_seconds(device, size, permute=sort == "permute", backward=backward))
 
-    def seconds(profile: HardwareProfile) -> FloatArray:
-        device = Device.of(profile)
-        return np.where(permutes, memory_seconds(device, size, permute=True), memory_seconds(device, size))
+        return seconds
 
-    return seconds
+    sorts = {**dict.fromkeys(PERMUTES, "permute"), **dict.fromkeys(UPDATES, "update")}
+    named = [
+        {"sort": sorts.get(case["op"], "other"), "backward": case.get("which") == "I", "bytes": case["bytes"]}
+        for case in cases
+    ]
+    groups = [
+        (chosen, rule(sort, backward, _column(named, chosen, "bytes")))
+        for (sort, backward), chosen in _alike(named, "sort", "backward")
+    ]
+    return _joined(len(cases), groups)
 
 
 def _routing(cases: Sequence[Case]) -> Rule:
@@ -190,6 +204,6 @@ def _column(cases: Sequence[Case], chosen: Sequence[int], name: str) -> FloatArr
 
 
 __all__ = [
-    "PERMUTES", "PIECES", "ROUTING", "Case", "attention_flop", "attention_kind", "exchanged_bytes", "piece_seconds",
-    "seconds_by_profile",
+    "PERMUTES", "PIECES", "ROUTING", "UPDATES", "Case", "attention_flop", "attention_kind", "exchanged_bytes",
+    "piece_seconds", "seconds_by_profile",
 ]  # fmt: skip

@@ -4,22 +4,17 @@ The first line says on what was measured (:class:`Environment`), every further o
 which of several separated passes it was timed, and the seconds. A file holds one environment. Nothing is ever
 rewritten: a measurement that was interrupted leaves what it finished, and the next run does the rest. A last line
 without its end is what an interruption in the middle of writing leaves; it is dropped.
-
-A processor is not equally fast all the time. Three numbers deal with that: the minimum over repeats and over separated
-passes, which disturbances can only miss (:func:`best`); the difference between the passes, below which no prediction
-can be judged (:func:`noise`); and the seconds of a fixed product timed right before and after each case, by which
-the current speed can be divided out where that helps (:func:`corrected`).
+What a record is worth, since a processor is not equally fast all the time, is in :mod:`validation.steadiness`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from math import isfinite
 from pathlib import Path
-from statistics import fmean, median
 from typing import Any, TypeVar
 
 from simulator.errors import InvalidInput, Origin, Problem, invalid, one_of
@@ -73,17 +68,6 @@ class Recording:
 
     environment: Environment
     records: tuple[Record, ...]
-
-
-@dataclass(frozen=True)
-class Noise:
-    """How far the second pass is from the first, over all cases of a kind: absolute and signed relative differences."""
-
-    cases: int
-    mape: float
-    median: float
-    maximum: float
-    bias: float
 
 
 def append(path: Path, entry: Environment | Record) -> None:
@@ -156,53 +140,6 @@ def finished_keys(records: Iterable[Record], number: int) -> frozenset[str]:
     return frozenset(record.key for record in records if record.number == number)
 
 
-def best(records: Iterable[Record]) -> dict[str, Record]:
-    """The fastest pass of every case, by key, in the order of their first record."""
-    found: dict[str, Record] = {}
-    for record in records:
-        held = found.get(record.key)
-        found[record.key] = record if held is None or record.seconds < held.seconds else held
-    return found
-
-
-def noise(records: Iterable[Record]) -> dict[str, Noise]:
-    """Difference of pass 2 from pass 1 by kind, and of all under ``all``; only cases that have both."""
-    passes: dict[tuple[str, int], Record] = {(record.key, record.number): record for record in records}
-    changes: dict[str, list[float]] = {}
-    for (key, number), second in passes.items():
-        first = passes.get((key, 1))
-        if number == 2 and first is not None:
-            change = second.seconds / first.seconds - 1.0
-            for kind in (second.kind, "all"):
-                changes.setdefault(kind, []).append(change)
-    return {kind: _noise(values) for kind, values in sorted(changes.items())}
-
-
-def corrected(records: Sequence[Record]) -> tuple[Record, ...]:
-    """Times as they would be at the median speed of the reference kernel: x median(reference_s) / reference_s."""
-    if not records:
-        return ()
-    usual = median(record.reference_s for record in records)
-    return tuple(
-        replace(record, seconds=record.seconds * factor, median_s=record.median_s * factor, reference_s=usual)
-        for record in records
-        for factor in (usual / record.reference_s,)
-    )
-
-
-def steadier(records: Sequence[Record]) -> tuple[Record, ...]:
-    """The records, corrected for drift if that brings the passes closer to each other."""
-    plain, divided = noise(records), noise(corrected(records))
-    if "all" in plain and divided["all"].mape < plain["all"].mape:
-        return corrected(records)
-    return tuple(records)
-
-
-def _noise(changes: Sequence[float]) -> Noise:
-    sizes = [abs(change) for change in changes]
-    return Noise(len(sizes), fmean(sizes), median(sizes), max(sizes), fmean(changes))
-
-
 def _finished(size: int, path: Path) -> int:
     """Bytes up to the end of the last whole line."""
     return path.read_bytes().rfind(b"\n") + 1 if size else 0
@@ -264,6 +201,5 @@ def _fits(value: object, kind: str) -> bool:
 
 
 __all__ = [
-    "Environment", "Noise", "Record", "Recording", "append", "best", "corrected", "finished_keys", "noise", "read",
-    "resume", "steadier",
+    "Environment", "Record", "Recording", "append", "finished_keys", "read", "resume",
 ]  # fmt: skip

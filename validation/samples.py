@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from validation.predict import ROUTING, Case
-from validation.records import Record, best, steadier
+from validation.records import Record
+from validation.steadiness import best, steadier
 
 SMALLEST_SHARE = 0.002
 """Least weight of a piece, so that a layer's router is not forgotten."""

@@ -4,9 +4,8 @@ F runs without a graph. I and W of a linear are the two products of its backward
 one forward pass is kept, and its gradients are formed again and again. The functions are those of the reference layer
 and transformer, so a piece is the same code alone as inside of the whole.
 
-Inside a layer a product finds its weights out of the innermost cache, because other pieces ran in between. A timing
-loop over one product would keep them there, so products take turns among as many copies of their operands as fill
-:data:`COLD_BYTES`.
+Inside a training step a product finds its weights out of the caches, and writes to memory that is not in them either;
+:mod:`validation.torch_cold` sees to that.
 
 The load of a layer is part of its case. It is put into the tokens: of x = z + (L - z W^T) (W^T)^+ with random z, the
 router's matrix W makes the logits L, which choose the experts as the case says. So the layer is measured as it is.
@@ -14,8 +13,6 @@ router's matrix W makes the logits L, which choose the experts as the case says.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,22 +21,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from simulator.errors import NotSimulated
-from simulator.spec.fields import ELEMENT_BYTES
 from simulator.spec.model import MixtureOfExperts, Model, Router
 from simulator.spec.routing import Routing
 from validation.cases import Case
 from validation.dispatch import Plan, combine, permute, plan
 from validation.expert_ffn import E4M3, Experts, Form, activate, has_fp8, scaled
 from validation.moe_layer import LayerShape, MoELayer
+from validation.torch_cold import Work, cold_copies, cold_weights, in_turn, with_fresh_outputs
 from validation.torch_routers import choose
 from validation.transformer import Transformer, rotated
 
-Work = Callable[[], object]
 Fields = Mapping[str, Any]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
-COLD_BYTES = {"cpu": 24e6, "cuda": 128e6}
-"""More than the innermost cache that a product could live in: L2 of a core, or of the GPU."""
-MOST_COPIES = 64
 FORMS: dict[str, Form] = {"batched": "padded", "grouped": "grouped", "loop": "loop"}
 ROUTER = {"weights": "after_top_k"}
 
@@ -63,15 +56,8 @@ def work(case: Case, device: torch.device) -> Work:
     }
     torch.manual_seed(0)
     factory = {"device": device, "dtype": DTYPES[fields["form"]]}
-    if case.kind not in ("gemm", "grouped_gemm"):
-        return builders[case.kind](fields, factory)
-    copies = math.ceil(COLD_BYTES.get(device.type, 0.0) / _operand_bytes(fields))
-    turns = itertools.cycle([builders[case.kind](fields, factory) for _ in range(min(max(copies, 1), MOST_COPIES))])
-
-    def in_turn() -> object:
-        return next(turns)()
-
-    return in_turn
+    run = builders[case.kind](fields, factory)
+    return run if case.kind == "step" else with_fresh_outputs(run, device)
 
 
 def reference(device: torch.device) -> Work:
@@ -79,13 +65,6 @@ def reference(device: torch.device) -> Work:
     size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return lambda: torch.mm(left, right)
-
-
-def _operand_bytes(case: Fields) -> float:
-    """Bytes of the three matrices of a product, or of those of all experts."""
-    rows, experts = (sum(case["counts"]), len(case["counts"])) if "counts" in case else (case["m"], 1)
-    elements = rows * (case["n"] + case["k"]) + experts * case["n"] * case["k"]
-    return float(elements) * ELEMENT_BYTES[case["form"]]
 
 
 # --- products ---------------------------------------------------------------------------------------------------------
@@ -96,12 +75,16 @@ def _gemm(case: Fields, factory: Any) -> Work:
     if case["form"] == "fp8":
         rows, columns, inner = {"F": (m, n, k), "I": (m, k, n), "W": (n, k, m)}[case["which"]]
         return fp8_dense(rows, columns, inner, factory["device"])
-    x, weight, gradient = (torch.randn(size, **factory) for size in ((m, k), (n, k), (m, n)))
-    return {
-        "F": lambda: functional.linear(x, weight),
-        "I": lambda: torch.mm(gradient, weight),
-        "W": lambda: torch.mm(gradient.t(), x),
-    }[case["which"]]
+    x, gradient = (torch.randn(size, **factory) for size in ((m, k), (m, n)))
+
+    def product(weight: Tensor) -> Work:
+        return {
+            "F": lambda: functional.linear(x, weight),
+            "I": lambda: torch.mm(gradient, weight),
+            "W": lambda: torch.mm(gradient.t(), x),
+        }[case["which"]]
+
+    return in_turn([product(weight) for weight in cold_weights((n, k), factory)])
 
 
 def fp8_dense(m: int, n: int, k: int, device: torch.device) -> Work:
@@ -125,11 +108,17 @@ def _grouped_gemm(case: Fields, factory: Any) -> Work:
     if case["form"] == "fp8":
         return fp8_grouped(counts, n, k, factory["device"])
     moe = MixtureOfExperts(experts=len(counts), top_k=1, expert_ffn_size=n, gated=False)
-    experts = Experts(k, moe, FORMS[case["implementation"]], **factory)
     rows = torch.randn(sum(counts), k, **factory, requires_grad=case["which"] == "I")
-    experts.up_weight.requires_grad_(case["which"] == "W")
     number = torch.tensor(counts, device=factory["device"])
-    return _differentiated(case, lambda: experts.up(rows, number), [rows, experts.up_weight])
+
+    def product(weight: Tensor) -> Work:
+        experts = Experts(k, moe, FORMS[case["implementation"]], dtype=factory["dtype"], device="meta")
+        experts.up_weight = torch.nn.Parameter(weight, requires_grad=case["which"] == "W")
+        return _differentiated(case, lambda: experts.up(rows, number), [rows, experts.up_weight])
+
+    turns = cold_weights((len(counts), k, n), factory)
+    # A weight gradient reads no weight: one graph serves all turns.
+    return in_turn([product(weight) for weight in (turns[:1] if case["which"] == "W" else turns)])
 
 
 # --- attention and memory-bound pieces --------------------------------------------------------------------------------
@@ -192,11 +181,15 @@ def _memory(case: Fields, factory: Any) -> Work:
             x = tensor(requires_grad=False)
             return lambda: scaled(x)
         case "adam":
-            weight = tensor()
-            weight.grad = torch.randn_like(weight)
-            update: Work = torch.optim.Adam([weight], fused=True).step
-            return update
+            return in_turn([_adam(weight) for weight in cold_weights((rows, width), factory)])
     raise ValueError(f"no memory-bound op {case['op']!r}")
+
+
+def _adam(values: Tensor) -> Work:
+    weight = torch.nn.Parameter(values.clone())
+    weight.grad = torch.randn_like(weight)
+    step: Work = torch.optim.Adam([weight], fused=True).step
+    return step
 
 
 def _planned(case: Fields, device: torch.device) -> Plan:
@@ -275,7 +268,11 @@ def without_graph(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
 def _layer(case: Fields, factory: Any) -> Work:
     layer = moe_layer(case, factory)
     x = loaded_tokens(layer, case, factory)
-    return run(case, lambda: layer(x).y, [x, *layer.parameters()])
+
+    def whole(each: MoELayer) -> Work:
+        return run(case, lambda: each(x).y, [x, *each.parameters()])
+
+    return in_turn([whole(each) for each in cold_copies(layer, layer.parameters())])
 
 
 def _step(case: Fields, factory: Any) -> Work:

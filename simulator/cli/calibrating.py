@@ -45,7 +45,8 @@ def calibrate(
     if quick and gpu:
         raise errors.invalid("is a suite of the CPU; leave it out with --gpu", path="--quick")
     file = records or out.with_suffix(".jsonl")
-    from validation.calibrate import calibrated, measure, write
+    from validation.calibrate import calibrated, measure
+    from validation.profile_file import write
     from validation.records import read
 
     if not fit_only:

@@ -86,18 +86,9 @@ class GemmCurve(Contract):
     columns_half: Sourced[NonNegative] | None = leaf(
         "Columns of the output at which half of the rate is lost.", 39, default=None
     )
-    norm: Sourced[Positive] | None = leaf(
-        "p: how far computing hides moving, (c^p + b^p)^(1/p); 1 not at all; default 4.", 2.0, default=None
-    )
     stream_fraction: Sourced[PositiveFraction] | None = leaf(
         "Share of the memory bandwidth at which operands stream; default: that of memory-bound kernels.",
         0.5,
-        default=None,
-    )
-    gradient_bytes: Sourced[Positive] | None = leaf(
-        "Bytes moved for each element of the weight gradient; default 8: read and written in FP32.",
-        4.0,
-        unit="B",
         default=None,
     )
     quantize_passes: Sourced[NonNegative] | None = leaf(
@@ -120,9 +111,7 @@ class GroupedGemmCurve(Contract):
     wgrad_rows_half: Sourced[NonNegative] = leaf(
         "Tokens per expert at which the weight gradient loses half its rate.", 128
     )
-    norm: Sourced[Positive] | None = leaf("As for the dense product.", 2.0, default=None)
     stream_fraction: Sourced[PositiveFraction] | None = leaf("As for the dense product.", 0.5, default=None)
-    gradient_bytes: Sourced[Positive] | None = leaf("As for the dense product.", 4.0, unit="B", default=None)
     quantize_passes: Sourced[NonNegative] | None = leaf("As for the dense product.", 1.0, default=None)
     dgrad_scale: Sourced[Positive] = leaf("Efficiency of the input gradient relative to forward.", 0.98)
     wgrad_scale: Sourced[Positive] = leaf("Efficiency of the weight gradient relative to forward.", 0.93)
@@ -147,6 +136,11 @@ class MemoryCurve(Contract):
     launch: Sourced[Seconds] = leaf("Fixed cost of one kernel.", "3 us", unit="s")
     fraction: Sourced[PositiveFraction] = leaf("Share of the memory bandwidth.", 0.8)
     permute_fraction: Sourced[PositiveFraction] = leaf("The same for gather and scatter of tokens.", 0.5)
+    update_fraction: Sourced[PositiveFraction] | None = leaf(
+        "The same for the optimizer's update, one kernel over all weights; default: as any other kernel.",
+        0.85,
+        default=None,
+    )
     backward_scale: Sourced[Positive] | None = leaf(
         "Rate of a backward that is made of several kernels, relative to forward; default 1.", 0.6, default=None
     )

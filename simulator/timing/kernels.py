@@ -11,8 +11,8 @@ Dense product of [m, k] x [k, n]::
     c <= 2mnk / (0.6 P e) (1 + k_half/k)          (small problems use smaller tiles or split k)
     c *= 1 + throttle x clip(log10(2mnk / 1e11), 0, 3)
 
-    and, where the profile has them, c *= (1 + rows_half/m) (1 + columns_half/n), another side of the tiles, another
-    norm than 4, and another share of the bandwidth at which operands stream,
+    and, where the profile has them, c *= (1 + rows_half/m) (1 + columns_half/n), another side of the tiles, and
+    another share of the bandwidth at which operands stream,
 
 with peak P and efficiency e. FP8 products need their operands cast first (:func:`cast_bytes`). Form and constants are
 fitted to kernel tables of NVIDIA aiconfigurator (github.com/ai-dynamo/aiconfigurator) and others, see the profiles.
@@ -92,7 +92,7 @@ def gemm_seconds(device: Device, form: str, which: Pass, m: Numbers, n: float, k
         rows, inner, scale = n, m, curve.wgrad_scale.value
         columns = k
     size = ELEMENT_BYTES[form]
-    output = _gradient_bytes(curve) if which == "W" else max(2.0, size)
+    output = 8.0 if which == "W" else max(2.0, size)  # FP32 gradients are read and written
     traffic = (rows * inner + inner * columns) * size + rows * columns * output
     rate = device.peak(form) * curve.efficiency.value * scale
     flop = 2.0 * rows * columns * inner
@@ -106,13 +106,9 @@ def gemm_seconds(device: Device, form: str, which: Pass, m: Numbers, n: float, k
     compute = compute * (
         1.0 + curve.throttle_per_decade.value * np.clip(np.log10(np.maximum(flop, 1.0) / 1e11), 0.0, 3.0)
     )
-    seconds = curve.launch.value + _beside(curve, compute, _streamed(device, curve, traffic))
+    memory = _streamed(device, curve, traffic)
+    seconds = curve.launch.value + (compute**4 + memory**4) ** 0.25
     return np.where(np.asarray(m) > 0, seconds, 0.0)
-
-
-def _gradient_bytes(curve: GemmCurve | GroupedGemmCurve) -> float:
-    """Bytes for each element of a weight gradient; FP32 gradients that are added up are read and written."""
-    return 8.0 if curve.gradient_bytes is None else curve.gradient_bytes.value
 
 
 def _streamed(device: Device, curve: GemmCurve | GroupedGemmCurve, traffic_bytes: Numbers) -> Numbers:
@@ -120,15 +116,6 @@ def _streamed(device: Device, curve: GemmCurve | GroupedGemmCurve, traffic_bytes
     if curve.stream_fraction is None:
         return traffic_bytes / device.bandwidth
     return traffic_bytes / (device.memory_bandwidth * curve.stream_fraction.value)
-
-
-def _beside(curve: GemmCurve | GroupedGemmCurve, compute: Numbers, memory: Numbers) -> Numbers:
-    """Computing and moving at once: the p-norm of both, between their sum (p = 1) and the longer of them."""
-    if curve.norm is None:
-        return (compute**4 + memory**4) ** 0.25
-    longer = np.maximum(np.maximum(compute, memory), 1e-30)
-    p = curve.norm.value
-    return np.asarray(longer * ((compute / longer) ** p + (memory / longer) ** p) ** (1.0 / p))
 
 
 def _ramp(half: Sourced[float] | None, size: Numbers) -> Numbers:
@@ -189,10 +176,10 @@ def grouped_gemm_seconds(
         compute = (padded + few) * 2.0 * n * k / rate
         compute = compute * _ramp(curve.k_half, inner) * _ramp(curve.columns_half, columns)
     size = ELEMENT_BYTES[form]
-    weights = active * n * k * (_gradient_bytes(curve) if which == "W" else size)
+    weights = active * n * k * (8.0 if which == "W" else size)
     traffic = weights + rows * (inner * size + columns * (size if which == "W" else max(2.0, size)))
-    together = _beside(curve, compute, _streamed(device, curve, traffic))
-    seconds = curve.launch.value + active * curve.per_expert.value + together
+    memory = _streamed(device, curve, traffic)
+    seconds = curve.launch.value + active * curve.per_expert.value + (compute**4 + memory**4) ** 0.25
     return np.asarray(np.where(rows > 0, seconds, 0.0))
 
 
@@ -224,6 +211,14 @@ def routing_seconds(device: Device, traffic_bytes: Numbers, tokens: Numbers) -> 
         return memory_seconds(device, traffic_bytes)
     each = 0.0 if curve.routing_per_token is None else curve.routing_per_token.value
     return curve.routing_launch.value + tokens * each
+
+
+def update_seconds(device: Device, traffic_bytes: Numbers) -> Numbers:
+    """The optimizer's update of all weights: one stream, from memory."""
+    curve = device.profile.kernels.memory
+    if curve.update_fraction is None:
+        return memory_seconds(device, traffic_bytes)
+    return curve.launch.value + traffic_bytes / (device.memory_bandwidth * curve.update_fraction.value)
 
 
 def memory_seconds(device: Device, traffic_bytes: Numbers, *, permute: bool = False, backward: bool = False) -> Numbers:

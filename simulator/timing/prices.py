@@ -23,7 +23,7 @@ from simulator.timing.kernels import (
     Device,
     FloatArray,
     Numbers,
-    memory_seconds,
+    update_seconds,
 )
 from simulator.timing.op_times import OpTimes
 from simulator.timing.table import Prices
@@ -93,7 +93,7 @@ class Pricer:
         if isinstance(each, Compute):
             return self._compute(each)
         if isinstance(each, Update):
-            return np.array([[float(memory_seconds(self.whole, each.traffic_bytes))]]), {"optimizer": 1.0}
+            return np.array([[float(update_seconds(self.whole, each.traffic_bytes))]]), {"optimizer": 1.0}
         if isinstance(each, Fixed):
             return np.array([[each.seconds]]), {each.family: 1.0}
         return np.zeros((1, 1)), {}

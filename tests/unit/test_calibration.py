@@ -12,19 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from simulator import estimate, load_scenario
+from simulator import estimate, load_scenario, simulate_step
 from simulator.errors import InvalidInput
 from simulator.spec import load_profile
 from simulator.spec.fields import sourced_numbers
 from tests.machines import ENVIRONMENT, known_machine, measured, small_suite
 from validation import calibration, holdout
 from validation.baselines import work
-from validation.calibrate import Calibration, calibrated, document, write
+from validation.calibrate import Calibration, calibrated
 from validation.cases import all_to_all, gemm, memory
 from validation.compose import layer_load, layer_seconds, measured_seconds
 from validation.fit import fit
+from validation.forms import with_values
 from validation.least_squares import Data, Parameter, cross_validated, solution
 from validation.predict import exchanged_bytes, piece_seconds
+from validation.profile_file import document, write
 from validation.records import Recording, append
 from validation.samples import halves, samples
 
@@ -65,6 +67,45 @@ def test_pieces_are_priced_as_the_simulator_prices_them() -> None:
 
     norm = memory("norm", "F", "fp32", 1000, 2000).fields  # 16 MB: 4 of them from the cache
     assert piece_seconds(profile, "memory", [norm])[0] == pytest.approx(5e-6 + 4e6 / 35e9 + 12e6 / (19e9 * 0.8))
+
+
+def test_what_curves_may_state_is_by_default_what_shipped_profiles_mean() -> None:
+    """DeepSeek-V3's step with every optional number of the kernel forms written out, and without."""
+    scenario = load_scenario("deepseek-v3")
+    profile = scenario.cluster.profile
+    stated = {"kernels.memory.backward_scale": 1.0}
+    stated["kernels.memory.update_fraction"] = profile.kernels.memory.fraction.value
+    for kind in ("gemm", "grouped_gemm"):
+        for form in getattr(profile.kernels, kind):
+            path = f"kernels.{kind}.{form}"
+            stated[f"{path}.stream_fraction"] = profile.kernels.memory.fraction.value
+    cluster = scenario.cluster.model_copy(update={"profile": with_values(profile, stated)})
+    written = scenario.model_copy(update={"cluster": cluster})
+    assert simulate_step(written, "max-plus").seconds == pytest.approx(
+        simulate_step(scenario, "max-plus").seconds, rel=1e-12
+    )
+
+
+def test_operands_may_stream_at_another_bandwidth_than_other_bytes() -> None:
+    """One row of a wide product is bound by its weights, whatever memory-bound ops reach."""
+    case = gemm("F", "fp32", 1, 4096, 4096).fields
+    profile = with_values(known_machine(), {"kernels.gemm.fp32.stream_fraction": 0.4, "kernels.memory.fraction": 0.9})
+    moved = 4 * (4096 * 4096 + 2 * 4096) / (19e9 * 0.4)
+    compute = 2 * 4096**2 / (104e9 * 0.95) * 17 * (1 + 39 / 4096) * (1 + 6 / 4096)
+    assert piece_seconds(profile, "gemm", [case])[0] == pytest.approx(4e-6 + (compute**4 + moved**4) ** 0.25)
+
+
+def test_a_backward_of_several_kernels_moves_its_bytes_more_often() -> None:
+    profile = with_values(known_machine(), {"kernels.memory.backward_scale": 0.5})
+    forward, backward = (memory("norm", which, "fp32", 1000, 2000).fields for which in "FI")
+    moved = [float(piece_seconds(profile, "memory", [case])[0]) - 5e-6 - 4e6 / 35e9 for case in (forward, backward)]
+    assert moved == pytest.approx([12e6 / 15.2e9, (2 * 24e6 - 4e6) / 15.2e9])
+
+
+def test_the_optimizer_streams_at_a_bandwidth_of_its_own() -> None:
+    case = memory("adam", "F", "fp32", 10_000_000, 1).fields
+    profile = with_values(known_machine(), {"kernels.memory.update_fraction": 0.95})
+    assert piece_seconds(profile, "memory", [case])[0] == pytest.approx(5e-6 + 280e6 / (19e9 * 0.95))
 
 
 def test_an_exchange_counts_what_leaves_a_rank() -> None:
@@ -177,6 +218,18 @@ def test_unseen_shapes_are_predicted_better_than_by_simple_rules(found: Calibrat
         assert row.profile.mape < 0.06, name
         assert row.profile.mape < 0.6 * min(row.rate.mape, row.overhead.mape), name
     assert found.beaten_by() == []
+
+
+def test_measured_pieces_are_scaled_by_what_wholes_of_the_training_half_take(found: Calibration) -> None:
+    """Layers take 1.09 and 1.07 times their kernels here: without the factor every sum would fall short by that."""
+    layers = [each for each in found.held if each.sample.kind == "layer" and np.isfinite(each.pieces)]
+    scaled = holdout.errors(each.error("pieces") for each in layers)
+    alone = {each.key: each.seconds for each in found.samples}
+    plain = [(measured_seconds(each.sample.case, alone) or 0.0) / each.sample.seconds - 1.0 for each in layers]
+    assert scaled is not None
+    assert scaled.cases > 50
+    assert abs(scaled.bias) < 0.02
+    assert abs(scaled.bias) < abs(float(np.mean(plain)))
 
 
 def test_shuffled_times_destroy_the_fit(recording: Recording, found: Calibration) -> None:

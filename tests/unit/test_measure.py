@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from simulator.errors import NotSimulated
-from validation import cases, measure, records, shapes, suites, torch_pieces
+from validation import cases, measure, records, shapes, suites, torch_cold, torch_pieces
 from validation.cases import Case, Layer, gemm, grouped_gemm, memory, spread
 from validation.suites import Effort, Suite
 
@@ -66,6 +66,35 @@ def test_a_grouped_linear_has_one_gradient_at_a_time(implementation: str, counts
     assert run("F").shape == (16, 24)
     assert [tuple(each.shape) for each in run("I")] == [(16, 12)]
     assert [tuple(each.shape) for each in run("W")] == [(2, 12, 24)]
+
+
+def test_weights_take_turns_until_they_have_left_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 KB among 160 KB wait for 2 others; a layer of 40 KB has 3 copies; 200 KB do not fit anyway."""
+    monkeypatch.setattr(torch_cold, "COLD_BYTES", {"cpu": 160e3})
+    torch_cold._pool.cache_clear()
+    factory = {"device": CPU, "dtype": torch.float32}
+
+    turns = torch_cold.cold_weights((100, 100), factory)
+    numbers = torch_cold.in_turn([lambda number=number: number for number in range(3)])
+    layer = torch.nn.Linear(100, 100, bias=False)
+    copies = torch_cold.cold_copies(layer, layer.parameters())
+
+    assert [tuple(each.shape) for each in turns] == [(100, 100)] * 3  # aligned, 4 do not fit
+    assert len({each.data_ptr() for each in turns}) == 3
+    assert len(torch_cold.cold_weights((100, 500), factory)) == 1
+    assert [numbers() for _ in range(4)] == [0, 1, 2, 0]
+    assert len({each.weight.data_ptr() for each in copies}) == 4
+    assert all(bool((each.weight == layer.weight).all()) for each in copies)
+    torch_cold._pool.cache_clear()
+
+
+def test_outputs_go_to_other_memory_until_the_cache_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_cold, "COLD_BYTES", {"cpu": 160e3})
+    run = torch_cold.with_fresh_outputs(lambda: [torch.zeros(10_000)], CPU)
+
+    places = [run()[0].data_ptr() for _ in range(12)]
+
+    assert all(len(set(places[at : at + 4])) == 4 for at in range(9))
 
 
 def test_products_in_fp8_have_their_shapes_and_need_a_gpu() -> None:
