@@ -25,6 +25,7 @@ from simulator.spec.scenario import Scenario
 from simulator.workload.ledger import Ledger
 from simulator.workload.ops import Block, Embedding, Gemm, GroupedGemm, Op, Saved, moe_ordinals
 from simulator.workload.recompute import fully_repeated, kept
+from simulator.workload.slots import one_hot_mask
 
 _STATES = {"adamw": 2.0, "muon": 1.0, "sgd": 1.0, "adafactor": 0.0}
 """Full-size moments of each optimizer; Adafactor's row and column sums are small enough to leave out."""
@@ -189,7 +190,7 @@ def received_rows(layout: Layout, load: ExpertLoad | None, stage: Sequence[int],
     blocks = [index for index in stage if index in ordinals]
     if load is None or not blocks:
         return {}
-    rows = load.by_rank.sum(-1)[:, [ordinals[index] for index in blocks]]  # [microbatches, blocks, ranks]
+    rows = load.rank_rows[:, [ordinals[index] for index in blocks]]  # [microbatches, blocks, ranks]
     together = np.sort(rows.sum(1), axis=0)[::-1][: max(1, held)]  # heaviest microbatches of each rank first
     busiest = int(together.mean(0).argmax())
     heaviest = np.argsort(rows[:, :, busiest].sum(1))[::-1][: max(1, held)]
@@ -215,7 +216,8 @@ def _buffers(
     precision, split = scenario.training.precision, scenario.parallelism
     width, moe = scenario.model.hidden_size, scenario.model.moe
     if moe is not None and received and split.expert > 1:
-        sent = tokens_per_rank(scenario) * moe.top_k
+        mask = one_hot_mask(scenario, "decoder")
+        sent = tokens_per_rank(scenario) * (moe.top_k if mask is None else mask.slots / mask.tokens)
         rows = max(received.values())
         terms["exchange_buffers"] = width * (
             sent * ELEMENT_BYTES[precision.dispatch] + rows * ELEMENT_BYTES[precision.combine]

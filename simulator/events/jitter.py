@@ -17,6 +17,7 @@ inside a group average some of the jitter away, and that a rank which is slow on
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -50,12 +51,20 @@ def with_jitter(program: Program, prices: Prices, scenario: Scenario, layout: La
         return program, prices
     kernels = np.array([isinstance(cls, Compute | Update) for cls in program.classes])[program.cls]
     excess = _excess(program, prices, kernels, spread.value) * expected_largest(layout.expert_data)
-    noise = np.ones((len(program), prices.lanes))
-    width = np.log1p(spread.value**2)
-    rng = np.random.default_rng([scenario.routing.seed, STREAM])
-    draws = rng.standard_normal((int(kernels.sum()), prices.lanes))
-    noise[kernels] = np.exp(width**0.5 * draws - width / 2.0)
+    noise = _drawn(kernels.tobytes(), prices.lanes, spread.value, scenario.routing.seed)
     return _charged(program, replace(prices, noise=noise), excess)
+
+
+@lru_cache(maxsize=2)
+def _drawn(kernels: bytes, lanes: int, spread: float, seed: int) -> FloatArray:
+    """Factor on every op in every lane [ops, lanes], 1 where ``kernels`` is false; kept, as prices do not matter."""
+    varies = np.frombuffer(kernels, dtype=bool)
+    factors = np.ones((len(varies), lanes))
+    width = np.log1p(spread**2)
+    draws = np.random.default_rng([seed, STREAM]).standard_normal((int(varies.sum()), lanes))
+    factors[varies] = np.exp(width**0.5 * draws - width / 2.0)
+    factors.flags.writeable = False
+    return factors
 
 
 def _excess(program: Program, prices: Prices, kernels: npt.NDArray[np.bool_], spread: float) -> FloatArray:

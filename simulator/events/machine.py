@@ -13,7 +13,7 @@ import numpy as np
 import simpy
 
 from simulator.events.network import Alarm, Callback, Flow, Link
-from simulator.events.timeline import Timeline, rows_of
+from simulator.events.timeline import FloatArray, Timeline, rows_of
 from simulator.program import COMPUTE, Program
 from simulator.timing import Prices
 
@@ -29,7 +29,7 @@ def play(program: Program, prices: Prices) -> Timeline:
     if machine.done != len(program):
         stuck = next(op for op, left in enumerate(machine.missing) if left > 0)
         raise deadlock(program, stuck)
-    return Timeline(program, prices, machine.start, machine.end)
+    return machine.timeline(program, prices)
 
 
 def run(env: simpy.Environment) -> None:
@@ -77,7 +77,8 @@ class _Machine:
         self.missing: list[int] = np.diff(program.start).tolist()
         begin, followers = program.waiters
         self.begin, self.followers = begin.tolist(), followers.tolist()
-        self.needs_begin, self.needs = program.start.tolist(), program.needs
+        self.needs_begin: list[int] = program.start.tolist()
+        self.needs: list[int] = program.needs.tolist()
         rows = rows_of(program, prices)
         self.row = rows.tolist()
         self.seconds, self.noise = prices.seconds, prices.noise
@@ -90,8 +91,10 @@ class _Machine:
         self.finished: list[Callback] = [self.finish]
         alone = prices.seconds[rows, 0]
         self.scalar: list[float] = (alone if prices.noise is None else alone * prices.noise[:, 0]).tolist()
-        self.start = np.zeros((len(program), self.lanes))
-        self.end = np.zeros((len(program), self.lanes))
+        self.first = [0.0] * len(program)  # start, where all lanes start together
+        self.latest = [0.0] * len(program)  # end in the slowest lane
+        self.start, self.end = (np.zeros((len(program), self.lanes if self.lanes > 1 else 0)) for _ in range(2))
+        self.starts, self.ends = list(self.start), list(self.end)  # one lane needs no vectors
         self.done = 0
         for op in np.flatnonzero(np.diff(program.start) == 0).tolist():
             self.begin_op(op)
@@ -100,31 +103,51 @@ class _Machine:
         """All needs have ended: start the op in every lane."""
         now = self.env.now
         if self.lanes == 1:
-            self.start[op, 0] = now
+            self.first[op] = now
             if self.moves[op]:
                 self.send(op, now)
             else:
-                self.end[op, 0] = now + self.scalar[op]
+                self.latest[op] = now + self.scalar[op]
                 Alarm(self.env, self.scalar[op], self.finished, op)
             return
         needs = self.needs[self.needs_begin[op] : self.needs_begin[op + 1]]
-        if len(needs) == 0:
-            start = np.zeros(self.lanes)
-        elif len(needs) == 1:
-            start = self.end[needs[0]]
-        else:
-            start = np.maximum.reduce(self.end[needs])
+        start, ends = self.starts[op], self.ends
         if self.barrier[op]:
-            start = np.full(self.lanes, start.max())
-        self.start[op] = start
+            self.first[op] = first = max([self.latest[need] for need in needs], default=0.0)
+            start.fill(first)
+        elif needs:
+            np.maximum(ends[needs[0]], ends[needs[-1]], out=start)
+            for need in needs[1:-1]:
+                np.maximum(start, ends[need], out=start)
         if self.moves[op]:
             self.send(op, now)
             return
-        seconds = self.seconds[self.row[op]]
-        end = start + (seconds if self.noise is None else seconds * self.noise[op])
-        self.end[op] = end
-        delay = float(end.max()) - now
-        Alarm(self.env, delay if delay > 0.0 else 0.0, self.finished, op)
+        end, seconds = ends[op], self.seconds[self.row[op]]
+        if self.noise is not None:
+            seconds = np.multiply(seconds, self.noise[op], out=end)
+        np.add(start, seconds, out=end)
+        self.latest[op] = latest = float(np.maximum.reduce(end))
+        Alarm(self.env, max(0.0, latest - now), self.finished, op)
+
+    def arrive(self, op: int, seconds: float, early: FloatArray | None) -> None:
+        """Communication has ended, so many seconds after its start; in some lanes it was there a little ``early``."""
+        if self.lanes == 1:
+            self.latest[op] = self.first[op] + seconds
+        elif self.barrier[op] and early is None:
+            self.latest[op] = self.first[op] + seconds
+            self.ends[op].fill(self.latest[op])
+        else:
+            end = np.add(self.starts[op], seconds, out=self.ends[op])
+            if early is not None:
+                end -= early
+            self.latest[op] = float(np.maximum.reduce(end))
+        self.release(op)
+
+    def timeline(self, program: Program, prices: Prices) -> Timeline:
+        """Start and end of every op."""
+        if self.lanes == 1:
+            return Timeline(program, prices, np.array(self.first)[:, None], np.array(self.latest)[:, None])
+        return Timeline(program, prices, self.start, self.end)
 
     def finish(self, event: simpy.Event) -> None:
         """The op of an alarm has ended."""
@@ -150,10 +173,7 @@ class _Machine:
             nonlocal left
             left -= 1
             if left == 0:
-                self.end[op] = self.start[op] + (self.env.now - now)
-                if early is not None:
-                    self.end[op] -= early
-                self.release(op)
+                self.arrive(op, self.env.now - now, early)
 
         def depart(_: simpy.Event) -> None:
             for tier, seconds, demand in flows:

@@ -110,7 +110,10 @@ TERMS: dict[str, Meaning] = {
     "shared_expert": Meaning("Shared experts.", "GEMM curve"),
     "dense_ffn": Meaning("Dense feed-forward parts.", "GEMM curve"),
     "router": Meaning("Router logits and top-k.", "GEMM curve in the router's format, memory curve"),
-    "permute": Meaning("Tokens sorted by expert and back.", "memory curve, permute fraction"),
+    "permute": Meaning(
+        "Tokens sorted by expert and back, or products with one-hot masks.",
+        "memory curve, permute fraction; GEMM curve",
+    ),
     "norm": Meaning("Norms.", "memory curve"),
     "cast": Meaning(
         "Operands of FP8 products cast with their scales: inputs and gradients by rows, for the weights by columns.",

@@ -12,12 +12,13 @@ dropped.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from simulator.workload.slots import slots
 
 IntArray = npt.NDArray[np.int64]
 
@@ -29,15 +30,6 @@ class Outcome:
     processed: IntArray
     computed: IntArray
     dropped: IntArray
-
-
-def slots(capacity_factor: float, tokens: int, top_k: int, experts: int, *, counts_top_k: bool = True) -> int:
-    """Capacity of one expert for a group of tokens, at least 1; with the number of devices that of one device.
-
-    >>> slots(1.25, 4096, 1, 64)
-    80
-    """
-    return max(1, math.ceil(round(capacity_factor * tokens * (top_k if counts_top_k else 1) / experts, 9)))
 
 
 def apply(
@@ -126,3 +118,6 @@ def _reroute(accepted: IntArray, excess: IntArray, capacity: int) -> tuple[IntAr
     taken = np.diff(np.minimum(np.cumsum(room, -1), movable), axis=-1, prepend=0)
     moved = np.diff(np.minimum(np.cumsum(excess, -1), movable), axis=-1, prepend=0)
     return accepted + taken, excess - moved
+
+
+__all__ = ["IntArray", "Outcome", "apply", "divide", "in_part", "slots"]

@@ -52,6 +52,11 @@ class ExpertLoad:
         """Computed rows by expert rank and its slots [microbatches, layers, ranks, slots per rank]."""
         return self.placement.rows(self.computed)
 
+    @cached_property
+    def rank_rows(self) -> IntArray:
+        """Computed rows by expert rank [microbatches, layers, ranks]."""
+        return np.asarray(self.by_rank.sum(-1))
+
     @property
     def dropped_fraction(self) -> float:
         """Dropped assignments over all assignments."""
@@ -74,7 +79,7 @@ class ExpertLoad:
     def rank_max_over_mean(self) -> float:
         """Rows that the busiest rank computes over the mean of the assigned ones; averaged over all layers."""
         mean = self.assigned.sum(-1) / self.ranks
-        return float((self.by_rank.sum(-1).max(-1) / np.maximum(mean, 1e-12)).mean()) if self.assigned.size else 1.0
+        return float((self.rank_rows.max(-1) / np.maximum(mean, 1e-12)).mean()) if self.assigned.size else 1.0
 
     def copies_by_tier(
         self, moe: MixtureOfExperts, ways: tuple[int, ...], *, merged: bool = True

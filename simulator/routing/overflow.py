@@ -25,6 +25,7 @@ from simulator.routing.load import FloatArray, IntArray
 from simulator.routing.sizes import group_tokens
 from simulator.spec.model import MixtureOfExperts
 from simulator.spec.scenario import Scenario
+from simulator.workload.slots import capacity_factor, one_hot_mask
 
 OTHERS = 8
 """Parts in which the expert groups that share a capacity with the one looked at are drawn."""
@@ -86,7 +87,7 @@ def limited(
         beside = sampler.counts(others, _as_equal(shared - tokens, further, further)[:, None])
         together = assigned + beside.sum(2, keepdims=True)
     limit, evaluated = (
-        slots(scenario, factor, shared) for factor in (_capacity_factor(scenario), _evaluation_factor(scenario))
+        slots(scenario, factor, shared) for factor in (capacity_factor(scenario), _evaluation_factor(scenario))
     )
     outcome = _applied(assigned, together, limit, scenario, pad=routing.pad_to_capacity)
     profile = _profile(assigned, outcome.dropped, scenario)
@@ -145,15 +146,6 @@ def _profile(assigned: IntArray, dropped: IntArray, scenario: Scenario) -> Float
     return np.stack([np.array(late), total])
 
 
-def _capacity_factor(scenario: Scenario) -> float | None:
-    """The capacity factor in force; None when no token is dropped."""
-    moe, routing = scenario.model.moe, scenario.routing
-    if routing.capacity_factor == "model":
-        assert moe is not None  # a law of the scenario
-        return moe.capacity_factor
-    return routing.capacity_factor
-
-
 def _evaluation_factor(scenario: Scenario) -> float | None:
     """The capacity factor at evaluation; None when it drops nothing or is not stated."""
     moe, wanted = scenario.model.moe, scenario.routing.capacity_factor_evaluation
@@ -165,8 +157,11 @@ def capacity_groups(scenario: Scenario, layout: Layout, stack: str) -> tuple[int
     routing, moe = scenario.routing, scenario.model.moe
     assert moe is not None
     tokens = group_tokens(scenario, stack)
-    if _capacity_factor(scenario) is None and _evaluation_factor(scenario) is None:
+    if capacity_factor(scenario) is None and _evaluation_factor(scenario) is None:
         return 1, tokens
+    mask = one_hot_mask(scenario, stack)
+    if mask is not None:  # groups lie on one rank
+        return max(1, round(tokens / mask.tokens)), mask.tokens
     if routing.capacity_group_tokens == "model":
         assert moe.capacity_group_tokens is not None  # a law of the scenario
         shared = moe.capacity_group_tokens
@@ -210,8 +205,9 @@ def slots(scenario: Scenario, factor: float | None, tokens: int) -> int | None:
     moe = scenario.model.moe
     if factor is None or moe is None:
         return None
-    counts_top_k = scenario.routing.capacity_counts_top_k
-    return capacities.slots(factor, tokens, moe.top_k, holders(scenario), counts_top_k=counts_top_k)
+    routing, sharing = scenario.routing, holders(scenario)
+    least = routing.min_expert_capacity * (moe.experts // sharing)
+    return capacities.slots(factor, tokens, moe.top_k, sharing, counts_top_k=routing.capacity_counts_top_k, least=least)
 
 
 __all__ = ["OTHERS", "Limited", "Sampler", "capacity_groups", "holders", "limited", "other_parts", "slots"]

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from simulator.spec.routing import LogitLoad
 from simulator.spec.scenario import Scenario
-
-
-def tokens_per_rank(scenario: Scenario, stack: str = "decoder") -> float:
-    """Distinct tokens of one microbatch on one rank in the expert part."""
-    split, training = scenario.parallelism, scenario.training
-    return training.micro_batch_sequences * training.length(stack) / (split.context * split.tensor)
+from simulator.workload.slots import tokens_per_rank
 
 
 def group_tokens(scenario: Scenario, stack: str = "decoder") -> int:
@@ -24,3 +19,6 @@ def documents(scenario: Scenario, stack: str = "decoder") -> float:
     if isinstance(load, LogitLoad) and load.documents != "auto":
         return float(load.documents)
     return max(1.0, group_tokens(scenario, stack) / scenario.training.length(stack))
+
+
+__all__ = ["documents", "group_tokens", "tokens_per_rank"]

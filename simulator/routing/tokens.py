@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.signal import lfilter
 from scipy.special import log_ndtr
 
 from simulator.routing.load import FloatArray, IntArray
@@ -87,11 +86,12 @@ def gumbel(
         noise = rng.standard_exponential((tokens, experts), dtype=np.float32)
         return np.asarray(-np.log(np.maximum(noise, 1e-30)))
     steps = np.sqrt(1.0 - correlation**2) * rng.standard_normal((tokens, experts))
-    starts = range(0, tokens, document_tokens)
-    for start in starts:
-        steps[start] /= np.sqrt(1.0 - correlation**2)
-    parts = [lfilter([1.0], [1.0, -correlation], steps[start : start + document_tokens], axis=0) for start in starts]
-    return np.asarray(-np.log(-log_ndtr(np.concatenate(parts))), dtype=np.float32)
+    for token in range(tokens):
+        if token % document_tokens:
+            steps[token] += correlation * steps[token - 1]
+        else:  # the first of a document follows nothing
+            steps[token] /= np.sqrt(1.0 - correlation**2)
+    return np.asarray(-np.log(-log_ndtr(steps)), dtype=np.float32)
 
 
 def token_ids(tokens: int, rng: np.random.Generator) -> IntArray:

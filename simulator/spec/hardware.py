@@ -12,7 +12,15 @@ from typing import Literal
 from pydantic import model_validator
 
 from simulator import errors
-from simulator.spec.curves import MEMORY_EXAMPLE, CollectiveCurve, CollectiveKind, Kernels, leaf, sourced
+from simulator.spec.curves import (
+    MEMORY_EXAMPLE,
+    AttentionCurve,
+    CollectiveCurve,
+    CollectiveKind,
+    Kernels,
+    leaf,
+    sourced,
+)
 from simulator.spec.fields import (
     Bytes,
     BytesPerSecond,
@@ -109,6 +117,9 @@ class Stack(Contract):
     step_overhead: Sourced[Seconds] | None = leaf(
         "Fixed time per step: data loading, logging.", "10 ms", unit="s", default=None
     )
+    attention: dict[Literal["mha", "mla"], AttentionCurve] = described(
+        "Fused attention cores of this software, where they are not those of `kernels`.", example={}, default=dict
+    )
 
 
 class Price(Contract):
@@ -144,6 +155,14 @@ class HardwareProfile(Contract):
     power: Sourced[Watts] | None = leaf(
         "Power of one chip under load (for the record: energy is not estimated yet).", "700 W", unit="W", default=None
     )
+
+    def under(self, stack: str) -> HardwareProfile:
+        """The profile with the kernels that a software stack brings along."""
+        own = self.stacks[stack].attention
+        if not own:
+            return self
+        kernels = self.kernels.model_copy(update={"attention": {**self.kernels.attention, **own}})
+        return self.model_copy(update={"kernels": kernels})
 
     @model_validator(mode="after")
     def _sources_exist(self) -> HardwareProfile:

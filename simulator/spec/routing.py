@@ -145,7 +145,8 @@ class Routing(Contract):
         "Capacity factor at evaluation: what it drops is reported; no cost in training.", example=2.0, default=None
     )
     capacity_group_tokens: Whole | Literal["auto", "model"] = described(
-        "Tokens that share one capacity; auto = the tokens of `capacity_scope`.",
+        "Tokens that share one capacity; auto = the tokens of `capacity_scope`. With one-hot dispatch the most: groups "
+        "are as large as they can be on one rank.",
         unit="tokens",
         example=8192,
         default="auto",
@@ -161,8 +162,19 @@ class Routing(Contract):
         example="device",
         default="model",
     )
+    min_expert_capacity: Whole = described(
+        "Slots that an expert has in each capacity group at least; 4 in Mesh-TensorFlow and DeepSpeed-MoE.",
+        example=4,
+        default=1,
+    )
     capacity_counts_top_k: Flag = described(
         "Capacity = factor x tokens x top_k / experts (else without top_k).", example=True, default=True
+    )
+    dispatch: Literal["gather", "one_hot"] = described(
+        "How tokens reach their experts' slots and come back: gathered by index, or by two products with one-hot masks "
+        "[tokens of a capacity group, experts x slots], as in GShard (2006.16668), Mesh-TensorFlow and DeepSpeed-MoE.",
+        example="one_hot",
+        default="gather",
     )
     pad_to_capacity: Flag = described("Padded slots are computed and sent.", example=True, default=False)
     overflow: Literal["drop", "reroute", "none"] = described(

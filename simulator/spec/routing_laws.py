@@ -51,6 +51,8 @@ def _capacity(scenario: Scenario) -> Iterator[Problem]:
     routing, moe = scenario.routing, scenario.model.moe
     if routing.pad_to_capacity and routing.capacity_factor is None:
         yield Problem("routing.pad_to_capacity", "padding needs routing.capacity_factor")
+    if routing.dispatch == "one_hot":
+        yield from _one_hot(scenario)
     if routing.capacity_factor == "model" and (moe is None or moe.capacity_factor is None):
         yield Problem("routing.capacity_factor", "the model preset states no capacity factor; give a number or null")
     if routing.capacity_factor_evaluation == "model" and (moe is None or moe.capacity_factor_evaluation is None):
@@ -59,6 +61,30 @@ def _capacity(scenario: Scenario) -> Iterator[Problem]:
         )
     if routing.capacity_group_tokens == "model" and (moe is None or moe.capacity_group_tokens is None):
         yield Problem("routing.capacity_group_tokens", "the model preset states no group size; give a number or auto")
+
+
+def _one_hot(scenario: Scenario) -> Iterator[Problem]:
+    """A mask has a fixed shape [tokens, experts, slots] and tokens of one rank: all slots are computed, no more."""
+    routing, moe = scenario.routing, scenario.model.moe
+    over = moe.capacity_over if moe is not None and routing.capacity_over == "model" else routing.capacity_over
+    if routing.capacity_factor is None:
+        yield Problem("routing.dispatch", "one_hot needs routing.capacity_factor; dropless routing has dispatch gather")
+        return
+    if not routing.pad_to_capacity:
+        yield Problem("routing.dispatch", "one_hot computes every slot; set routing.pad_to_capacity: true")
+    if routing.capacity_group_tokens == "auto" and routing.capacity_scope != "rank":
+        yield Problem(
+            "routing.dispatch",
+            "a one_hot mask spans tokens of one rank; set routing.capacity_scope: rank or capacity_group_tokens",
+        )
+    if over == "device":
+        yield Problem("routing.dispatch", "one_hot has slots of experts, not of devices; set capacity_over: expert")
+    if routing.overflow == "none" or routing.exempt_sequence_fraction > 0:
+        yield Problem(
+            "routing.dispatch",
+            "one_hot has no slot for what is over capacity; set overflow to drop or reroute and "
+            "exempt_sequence_fraction to 0",
+        )
 
 
 def _hot_experts(scenario: Scenario) -> Iterator[Problem]:

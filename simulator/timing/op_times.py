@@ -27,8 +27,9 @@ from simulator.timing.kernels import (
     padded_rows,
     routing_seconds,
 )
+from simulator.timing.one_hot import one_hot_seconds
 from simulator.timing.unfused import unfused_attention_seconds
-from simulator.workload.ops import AttentionCore, Embedding, Gemm, GroupedGemm, MemoryOp
+from simulator.workload.ops import AttentionCore, Embedding, Gemm, GroupedGemm, MemoryOp, OneHotProduct
 
 
 @dataclass
@@ -66,6 +67,9 @@ class OpTimes:
             flop = op.flop_per_token() * tokens / self.tensor
             seconds = attention_seconds(device, op.kind, flop, max(op.context_full / parts, 1.0), which)
             return scalar(seconds * self._attention_slowdown)
+        if isinstance(op, OneHotProduct):
+            form = str(getattr(self.precision, op.role))
+            return scalar(one_hot_seconds(device, op, form, which, tokens / self.sequence))
         if isinstance(op, Embedding):
             return scalar(memory_seconds(device, 2.0 * op.width * ELEMENT_BYTES[self.precision.residual] * tokens))
         if isinstance(op, MemoryOp) and op.elements:

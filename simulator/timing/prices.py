@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import singledispatchmethod
+from functools import cached_property, singledispatchmethod
 
 import numpy as np
 
@@ -42,7 +42,8 @@ class Pricer:
 
     def __post_init__(self) -> None:
         """Resolve what every price needs."""
-        profile, span = self.scenario.cluster.profile, self.layout.spans["expert"]
+        cluster, span = self.scenario.cluster, self.layout.spans["expert"]
+        profile = cluster.profile.under(cluster.stack_name)
         self.profile = profile
         self.precision = self.scenario.training.precision
         self.whole = Device.of(profile)
@@ -133,6 +134,15 @@ class Pricer:
     def _add(parts: dict[str, FloatArray], family: str, seconds: FloatArray) -> None:
         parts[family] = parts[family] + seconds if family in parts else seconds
 
+    @cached_property
+    def copies(self) -> tuple[tuple[int, float], ...]:
+        """Copies of one token over each tier, the same in every layer."""
+        moe = self.scenario.model.moe
+        assert moe is not None  # only MoE layers exchange tokens
+        assert self.load is not None
+        merged = not self.scenario.routing.pad_to_capacity
+        return self.load.copies_by_tier(moe, self.layout.spans["expert"].ways, merged=merged)
+
     # --- communication ------------------------------------------------------------------------------------------------
 
     @singledispatchmethod
@@ -200,23 +210,19 @@ def exchange(pricer: Pricer, each: Exchange) -> Transfer:
     Padded slots are sent as they are, without merging copies.
     """
     scenario, load, span = pricer.scenario, pricer.load, pricer.layout.spans["expert"]
-    moe = scenario.model.moe
-    assert moe is not None  # only MoE layers exchange tokens
-    assert load is not None
-    assert pricer.by_rank is not None
+    assert load is not None  # only MoE layers exchange tokens
     if span.size <= 1:
         return collectives.FREE
     size = each.op.elements * ELEMENT_BYTES[str(getattr(pricer.precision, each.shape))] / each.parts
     tokens = tokens_per_rank(scenario, each.stack)
-    rows = pricer.by_rank[:, each.layer].sum(-1).astype(np.float64)  # [microbatches, ranks]
+    rows = load.rank_rows[:, each.layer].astype(np.float64)  # [microbatches, ranks]
     volume = rows.sum(-1) / (float(load.tokens[each.layer]) * load.top_k)
     nodes = int(np.prod(span.ways[1:])) if len(span.ways) > 1 else 1
     rank_factor = rows.max(-1) / np.maximum(rows.mean(-1), 1e-12)
     by_node = rows.reshape(len(rows), nodes, -1).sum(-1) if span.size % nodes == 0 else rows
     node_factor = by_node.max(-1) / np.maximum(by_node.mean(-1), 1e-12)
-    copies = load.copies_by_tier(moe, span.ways, merged=not scenario.routing.pad_to_capacity)
     parts = []
-    for index, number in copies:
+    for index, number in pricer.copies:
         curve = pricer.profile.tiers[index].collectives.get("all_to_all")
         if curve is not None and curve.load_measure == "total":
             busiest: Numbers = float(np.prod(span.ways[: index + 1]))

@@ -2,7 +2,18 @@
 
 from simulator.workload.blocks import blocks, model_blocks
 from simulator.workload.ledger import Ledger
-from simulator.workload.ops import AttentionCore, Block, Collective, Embedding, Gemm, GroupedGemm, MemoryOp, Op, Saved
+from simulator.workload.ops import (
+    AttentionCore,
+    Block,
+    Collective,
+    Embedding,
+    Gemm,
+    GroupedGemm,
+    MemoryOp,
+    OneHotProduct,
+    Op,
+    Saved,
+)
 
 __all__ = [
     "AttentionCore",
@@ -13,6 +24,7 @@ __all__ = [
     "GroupedGemm",
     "Ledger",
     "MemoryOp",
+    "OneHotProduct",
     "Op",
     "Saved",
     "blocks",

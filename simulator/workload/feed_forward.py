@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 from simulator.spec.model import Model
 from simulator.workload.norms import dropout_mask
-from simulator.workload.ops import Collective, Gemm, GroupedGemm, MemoryOp, Op, Saved
+from simulator.workload.ops import Collective, Gemm, GroupedGemm, MemoryOp, OneHotProduct, Op, Saved
+from simulator.workload.slots import Mask
 
 
 def dense_ffn_ops(model: Model, family: str, size: int, item: str) -> Iterator[Op]:
@@ -49,8 +50,8 @@ def _ffn_ops(
     yield Gemm(f"{family} down", family, (output,), n=width, k=size, split="row", bias=bias)
 
 
-def expert_ops(model: Model) -> Iterator[Op]:
-    """Router, shared experts, dispatch, experts, combine."""
+def expert_ops(model: Model, mask: Mask | None = None) -> Iterator[Op]:
+    """Router, shared experts, dispatch, experts, combine; ``mask``: that of a capacity group, where it is one-hot."""
     moe, width = model.moe, model.hidden_size
     assert moe is not None  # a law of the scenario
     if moe.router.kind != "hash":
@@ -69,12 +70,47 @@ def expert_ops(model: Model) -> Iterator[Op]:
         yield Collective("shared_expert exit", "tensor", group="tensor", kind="exit", elements=width, last=True)
         if moe.shared_expert_gate:
             yield Gemm("shared expert gate", "shared_expert", n=1, k=width)
-    yield MemoryOp("permute", "permute", elements=2.0 * width * moe.top_k, kind="permute", role="dispatch")
+    if mask is None:
+        yield MemoryOp("permute", "permute", elements=2.0 * width * moe.top_k, kind="permute", role="dispatch")
+    else:
+        yield from _into_slots(mask, width)
     yield Collective("dispatch", "expert_all_to_all", group="expert", kind="dispatch", elements=width, role="dispatch")
     yield from _routed(model)
     yield Collective("combine", "expert_all_to_all", group="expert", kind="combine", elements=width, role="combine")
-    yield MemoryOp(
-        "unpermute", "permute", dropout_mask(model, "experts"), elements=width * (moe.top_k + 2.0), kind="permute"
+    lost = dropout_mask(model, "experts")
+    if mask is None:
+        yield MemoryOp("unpermute", "permute", lost, elements=width * (moe.top_k + 2.0), kind="permute")
+    else:
+        yield from _out_of_slots(mask, width)
+        yield MemoryOp("expert residual", "elementwise", lost, elements=3.0 * width)
+
+
+def _into_slots(mask: Mask, width: int) -> Iterator[Op]:
+    """Both masks, each written once where a compiler fuses their making, and the product that dispatches the tokens.
+
+    They are kept for the backward pass, unless the experts are computed again.
+    """
+    item = frozenset({"expert_ffn"})
+    kept = tuple(
+        Saved(name, mask.slots, "residual", "sequence", dropped_by=item) for name in ("dispatch mask", "combine mask")
+    )
+    yield MemoryOp("one-hot masks", "permute", kept, item, elements=2.0 * mask.slots)
+    yield OneHotProduct(
+        "dispatch product", "permute", direction="dispatch", tokens=mask.tokens, slots=mask.slots, width=width
+    )
+
+
+def _out_of_slots(mask: Mask, width: int) -> Iterator[Op]:
+    """The product that combines the slots; its mask's gradient needs the outputs of the experts."""
+    outputs = Saved("expert outputs", width, "combine", "none", "received")
+    yield OneHotProduct(
+        "combine product",
+        "permute",
+        (outputs,),
+        direction="combine",
+        tokens=mask.tokens,
+        slots=mask.slots,
+        width=width,
     )
 
 

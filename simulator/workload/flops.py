@@ -4,8 +4,8 @@ Conventions. Training costs three forwards: the forward, the gradient of the inp
 *Model* FLOPs count the matrix products including the LM head, without embedding, router and MTP, and the attention
 core, for every assignment that the router made, dropped or not. The causal count takes the lower triangle only, the
 non-causal count the whole matrix; with them DeepSeek's published 385 and 432 TFLOP/s per GPU are reproduced (arXiv
-2505.09343, Table 4). *Hardware* FLOPs are those really computed: with router, MTP, recomputation, padded slots, and
-without dropped assignments.
+2505.09343, Table 4). *Hardware* FLOPs are those really computed: with router, MTP, recomputation, padded slots,
+products with one-hot masks, and without dropped assignments.
 
 An encoder-decoder model counts encoder tokens; its decoder's FLOPs are spread over them.
 """
@@ -18,19 +18,21 @@ from dataclasses import dataclass
 from simulator.spec.scenario import Scenario
 from simulator.workload.blocks import blocks
 from simulator.workload.ledger import Ledger
-from simulator.workload.ops import AttentionCore, Block, Gemm, GroupedGemm, Op
+from simulator.workload.ops import AttentionCore, Block, Gemm, GroupedGemm, OneHotProduct, Op
 from simulator.workload.recompute import fully_repeated, repeated
 
-TRAINING_PASSES = 3.0
+BACKWARD_PASSES = 2.0
+TRAINING_PASSES = 1.0 + BACKWARD_PASSES
 
 
 @dataclass(frozen=True)
 class FlopCounts:
-    """FLOPs per counted token by family: forward pass as the model defines it, as it is computed, and recomputed."""
+    """FLOPs per counted token by family: forward as the model defines it; forward, backward, repeated as computed."""
 
     forward: Ledger
     forward_noncausal: Ledger
     computed: Ledger
+    backward: Ledger
     recomputed: Ledger
 
     @property
@@ -45,8 +47,8 @@ class FlopCounts:
 
     @property
     def hardware_flop_per_token(self) -> float:
-        """What is really computed (causal): three forwards, with expert rows after drops and padding; recomputation."""
-        return TRAINING_PASSES * self.computed.total + self.recomputed.total
+        """What is really computed (causal): both passes, with expert rows after drops and padding; recomputation."""
+        return self.computed.total + self.backward.total + self.recomputed.total
 
 
 def op_flop_per_token(op: Op, *, causal: bool = True) -> float:
@@ -57,6 +59,8 @@ def op_flop_per_token(op: Op, *, causal: bool = True) -> float:
         return 2.0 * op.n * op.k * op.top_k
     if isinstance(op, AttentionCore):
         return op.flop_per_token(causal=causal)
+    if isinstance(op, OneHotProduct):
+        return 2.0 * op.slots * op.width
     return 0.0
 
 
@@ -80,6 +84,7 @@ def count(
     causal: list[tuple[str, float]] = []
     full: list[tuple[str, float]] = []
     real: list[tuple[str, float]] = []
+    back: list[tuple[str, float]] = []
     again: list[tuple[str, float]] = []
     for index, block in enumerate(listed):
         share = training.length(block.stack) / training.tokens_per_sequence
@@ -92,10 +97,11 @@ def count(
             full.append((family, share * op_flop_per_token(op, causal=False)))
             value *= computed_rows if isinstance(op, GroupedGemm) else 1.0
             real.append((family, value))
+            back.append((family, value * (op.backward_products if isinstance(op, OneHotProduct) else BACKWARD_PASSES)))
             if repeated(op, training, full=index in whole):
                 again.append((family, value))
-    return FlopCounts(Ledger(causal), Ledger(full), Ledger(real), Ledger(again))
+    return FlopCounts(Ledger(causal), Ledger(full), Ledger(real), Ledger(back), Ledger(again))
 
 
 def _model(forward: Ledger) -> float:
-    return sum(value for family, value in forward.items() if family not in ("router", "mtp"))
+    return sum(value for family, value in forward.items() if family not in ("router", "permute", "mtp"))

@@ -152,6 +152,27 @@ class MemoryOp(Op):
 
 
 @dataclass(frozen=True)
+class OneHotProduct(Op):
+    """Tokens into the slots of their experts, or back, as a product with a mask: FLOPs per token 2 slots width.
+
+    ``tokens`` and ``slots``: of one capacity group, slots over all experts (:mod:`.slots`). Backward, the dispatch has
+    the gradient of its tokens alone: its mask is made of truth values. The combine has that of the slots and that of
+    its mask, which carries the router's weights.
+    """
+
+    direction: Literal["dispatch", "combine"] = "dispatch"
+    tokens: int = 1
+    slots: int = 1
+    width: int = 0
+    role: str = "residual"
+
+    @property
+    def backward_products(self) -> int:
+        """Products of the backward pass, each of the size of the forward's."""
+        return 1 if self.direction == "dispatch" else 2
+
+
+@dataclass(frozen=True)
 class Embedding(Op):
     """Table look-up: no matrix product, ``rows x width`` parameters."""
 

@@ -224,6 +224,28 @@ def test_a_batch_gives_what_one_evaluation_gives(case: Played, count: int, seed:
     assert evaluate_batch(program, []).tolist() == []
 
 
+@settings(deadline=None, max_examples=150)
+@given(programs(streams=(EXPERT,)), st.integers(1, 5), st.integers(0, 2**32 - 1))
+def test_a_batch_under_jitter_gives_what_the_engines_give(case: Played, count: int, seed: int) -> None:
+    """Of one noise, of an equal copy of it, of another noise and of none; prices even at first or over all lanes."""
+    program, prices = case
+    rng = np.random.default_rng(seed)
+    touched = rng.random((len(program), 1)) < 0.7
+    noise, other = (np.where(touched, rng.uniform(0.5, 1.5, (len(program), prices.lanes)), 1.0) for _ in range(2))
+    moves = np.zeros(len(prices.seconds), dtype=bool)
+    moves[rows_of(program, prices)[program.stream != COMPUTE]] = True
+    noise[program.stream != COMPUTE] = other[program.stream != COMPUTE] = 1.0
+    even = np.where(moves[:, None], prices.seconds, prices.seconds[:, :1])
+    computed = np.where(moves, 1.0, rng.uniform(0.5, 2.0, (count, len(moves))))
+    tables = [replace(prices, seconds=even * factor[:, None], noise=noise) for factor in computed]
+    tables += [replace(prices, noise=noise), replace(prices, noise=noise.copy()), replace(prices, noise=other)]
+    tables += [replace(prices, noise=None), tables[0]]
+
+    found = evaluate_batch(program, iter(tables)).tolist()
+    assert found == pytest.approx([evaluate(program, each).step_s for each in tables], rel=1e-12, abs=1e-12)
+    assert found == pytest.approx([play(program, each).step_s for each in tables], rel=1e-9, abs=1e-9)
+
+
 def test_a_batch_in_many_blocks_keeps_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
     draft = Draft(1)
     for ordinal in range(3):
@@ -235,6 +257,10 @@ def test_a_batch_in_many_blocks_keeps_the_order(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("simulator.events.batch.BLOCK", 7)
 
     assert evaluate_batch(program, tables).tolist() == [3.0 * factor for factor in range(100)]
+    noise = np.array([[1.0], [2.0], [0.5]])
+    jittery = [replace(each, noise=noise if number != 50 else None) for number, each in enumerate(tables)]
+    factors = [3.5 if number != 50 else 3.0 for number in range(100)]
+    assert evaluate_batch(program, jittery).tolist() == [factor * number for number, factor in enumerate(factors)]
     with pytest.raises(ValueError, match="same rows and lanes"):
         evaluate_batch(program, [base, replace(base, seconds=np.ones((3, 2)))])
 

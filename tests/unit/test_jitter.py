@@ -9,6 +9,7 @@ import pytest
 
 from simulator import estimate, simulate_step
 from simulator.campaign import Step
+from simulator.events import evaluate_batch
 from simulator.events.jitter import expected_largest
 from simulator.program import COMPUTE, REPLICAS
 from simulator.spec import EngineName, Scenario, load_scenario
@@ -38,7 +39,7 @@ def noise(jitter: float, **changes: Any) -> Any:
     return made.prices.noise[kernels]
 
 
-def test_no_shipped_profile_claims_a_jitter_and_without_one_nothing_changes() -> None:
+def test_without_a_jitter_nothing_changes() -> None:
     plain, none = step(None), step(0.0)
 
     assert small(None).cluster.profile.jitter is None
@@ -75,6 +76,21 @@ def test_both_engines_see_the_same_numbers() -> None:
     events, recursion = step(0.05, "events", **alone), step(0.05, **alone)
 
     assert np.allclose(events.timeline.end, recursion.timeline.end, rtol=1e-9)
+    together = evaluate_batch(recursion.program, [events.prices, recursion.prices])
+    assert together.tolist() == pytest.approx([events.seconds] * 2, rel=1e-9)
+
+
+def test_scenarios_with_one_seed_share_the_drawn_numbers() -> None:
+    """Prices do not matter to them: here a slower link. They are drawn once, and nobody can write into them."""
+    slower = {"cluster.overrides": {"jitter": leaf(0.1), "tiers.nvlink.bandwidth": "10 GB/s"}}
+    first, second = step(0.1), simulate_step(load_scenario(SMALL, slower), "max-plus")
+
+    assert first.seconds < second.seconds
+    assert first.prices.noise is not None
+    assert first.prices.noise is second.prices.noise
+    assert not first.prices.noise.flags.writeable
+    reseeded: dict[str, Any] = {"routing.seed": 1}
+    assert step(0.1, **reseeded).prices.noise is not first.prices.noise
 
 
 def test_ranks_wait_for_each_other_the_longer_the_more_kernels_vary() -> None:

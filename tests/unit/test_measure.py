@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def test_weights_take_turns_until_they_have_left_the_cache(monkeypatch: pytest.M
     factory = {"device": CPU, "dtype": torch.float32}
 
     turns = torch_cold.cold_weights((100, 100), factory)
-    numbers = torch_cold.in_turn([lambda number=number: number for number in range(3)])
+    numbers = torch_cold.in_turn([partial(int, number) for number in range(3)])
     layer = torch.nn.Linear(100, 100, bias=False)
     copies = torch_cold.cold_copies(layer, layer.parameters())
 
@@ -90,7 +91,7 @@ def test_weights_take_turns_until_they_have_left_the_cache(monkeypatch: pytest.M
 
 def test_outputs_go_to_other_memory_until_the_cache_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_cold, "COLD_BYTES", {"cpu": 160e3})
-    run = torch_cold.with_fresh_outputs(lambda: [torch.zeros(10_000)], CPU)
+    run: Callable[[], Any] = torch_cold.with_fresh_outputs(lambda: [torch.zeros(10_000)], CPU)
 
     places = [run()[0].data_ptr() for _ in range(12)]
 
