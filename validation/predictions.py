@@ -16,13 +16,13 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from simulator.campaign import Step, simulate_step
 from simulator.errors import MoesimError
 from simulator.events import BUBBLE
 from simulator.memory import stage_parameters
 from simulator.spec import EngineName, Scenario
 from simulator.workload import parameters
 from validation.evidence import PublishedRun
+from validation.long_steps import Played, played
 from validation.quantities import Convention, flop_per_token, from_memory, from_step_time, step_time_behind
 from validation.stack import Observation, Response, StackTerm, fitted, of_the_others, response
 
@@ -134,37 +134,70 @@ def stack_terms(predictions: Sequence[Prediction]) -> dict[str, StackTerm]:
     return found
 
 
+Task = tuple[PublishedRun, tuple[str, ...]]
+
+
 def predict(
     runs: Sequence[tuple[PublishedRun, frozenset[str]]], *, engine: EngineName | None = None, jobs: int | None = None
 ) -> list[Prediction]:
     """Predict the named quantities of every run at every point, in the order given.
 
-    ``engine``: None = SimPy for MoE, max-plus for dense models.
+    ``engine``: None = SimPy for MoE, max-plus for dense models. Runs of one layout that were measured under several
+    releases are simulated once.
     """
-    tasks = [(run, tuple(sorted(names)), engine) for run, names in runs]
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, (run, _) in enumerate(runs):
+        groups[_simulated(run)].append(index)
+    order = sorted(groups.values(), key=lambda group: -_effort(runs[group[0]][0]))  # long ones first
+    tasks = [([(runs[index][0], tuple(sorted(runs[index][1]))) for index in group], engine) for group in order]
     workers = min(len(tasks), jobs or os.cpu_count() or 1)
     if workers <= 1 or len(tasks) < 4:
-        return [_predict(task) for task in tasks]
-    order = sorted(range(len(tasks)), key=lambda index: -_effort(tasks[index][0]))  # long ones first
-    with ProcessPoolExecutor(workers) as pool:
-        found = dict(zip(order, pool.map(_predict, [tasks[index] for index in order]), strict=True))
-    return [found[index] for index in range(len(tasks))]
+        results = [_predict_group(task) for task in tasks]
+    else:
+        with ProcessPoolExecutor(workers) as pool:
+            results = list(pool.map(_predict_group, tasks))
+    found = {
+        index: prediction
+        for group, some in zip(order, results, strict=True)
+        for index, prediction in zip(group, some, strict=True)
+    }
+    return [found[index] for index in range(len(runs))]
+
+
+def _simulated(run: PublishedRun) -> str:
+    """What decides the steps of a run: equal for runs that differ in what was measured alone."""
+    axes = {axis: values for axis, values in run.sweep.items() if not axis.startswith("convention.")}
+    return json.dumps([run.base, run.settings, axes], sort_keys=True, default=str)
 
 
 def _effort(run: PublishedRun) -> float:
-    """A guess at the time that a run takes, to keep all workers busy to the end."""
-    return len(list(run.points())) * (1.0 if run.family.startswith("dense") else 10.0)
+    """A guess at the time that a run takes, to keep all workers busy to the end: ops of its Programs."""
+    scenario = run.at(next(run.points()))[0]
+    split, training = scenario.parallelism, scenario.training
+    ranks = scenario.cluster.accelerators * scenario.cluster.profile.accelerator.ranks_per_accelerator
+    data = max(1, ranks // (split.pipeline * split.tensor * split.context))
+    microbatches = training.steady_batch_sequences / (training.micro_batch_sequences * data)
+    axes = [len(values) for axis, values in run.sweep.items() if not axis.startswith("convention.")]
+    expensive = 10.0 if scenario.model.moe is not None else 1.0
+    return math.prod(axes) * microbatches * scenario.model.layers * expensive
 
 
-def _predict(task: tuple[PublishedRun, tuple[str, ...], EngineName | None]) -> Prediction:
-    run, names, engine = task
-    steps: dict[str, Step | str] = {}
+def _predict_group(task: tuple[list[Task], EngineName | None]) -> list[Prediction]:
+    tasks, engine = task
+    steps: dict[str, Played | str] = {}
+    return [_predict(run, names, engine, steps) for run, names in tasks]
+
+
+def _predict(
+    run: PublishedRun, names: tuple[str, ...], engine: EngineName | None, steps: dict[str, Played | str]
+) -> Prediction:
+    """Predict one run; ``steps``: what was simulated already, by settings."""
     answer: Response | None = None  # that of the first point stands for all: swept values hardly change it
     points, refused = [], []
     for settings in run.points():
         # Points that differ in the FLOP convention alone are one step.
-        played = {path: value for path, value in settings.items() if not path.startswith("convention.")}
-        key = json.dumps(played, sort_keys=True, default=str)
+        simulated = {path: value for path, value in settings.items() if not path.startswith("convention.")}
+        key = json.dumps(simulated, sort_keys=True, default=str)
         scenario, convention = run.at(settings)
         if key not in steps:
             steps[key] = _step(scenario, engine)
@@ -191,9 +224,9 @@ def _predict(task: tuple[PublishedRun, tuple[str, ...], EngineName | None]) -> P
     )
 
 
-def _step(scenario: Scenario, engine: EngineName | None) -> Step | str:
+def _step(scenario: Scenario, engine: EngineName | None) -> Played | str:
     try:
-        return simulate_step(scenario, engine or _reader(scenario))
+        return played(scenario, engine or _reader(scenario))
     except MoesimError as error:
         return str(error)
 
@@ -207,7 +240,7 @@ def _point(
     names: Sequence[str],
     settings: Mapping[str, Any],
     convention: Convention,
-    step: Step,
+    step: Played,
     answer: Response,
 ) -> Point:
     training, cluster = step.scenario.training, step.scenario.cluster
@@ -220,7 +253,7 @@ def _point(
         published_s=_published_s(run, step.scenario, convention),
         ideal_s=tokens * flop_per_token(step.scenario, convention) / peak,
         response=answer,
-        terms_s=dict(step.timeline.breakdown),
+        terms_s=step.breakdown,
     )
 
 
@@ -236,16 +269,17 @@ def _published_s(run: PublishedRun, scenario: Scenario, convention: Convention) 
     return None if name is None or value is None else step_time_behind(name, value, scenario, convention)
 
 
-def _value(name: str, rank: int | None, convention: Convention, step: Step) -> float:
+def _value(name: str, rank: int | None, convention: Convention, step: Played) -> float:
     """A quantity of evidence, formed from the step as its source forms it."""
+    longest = step.longest
     if name == "parameters_total":
         return parameters.count(step.scenario.model).total.total
     if name == "bubble_s":
-        return step.timeline.breakdown[BUBBLE]
+        return step.breakdown[BUBBLE]
     if name == "parameters_per_rank":
-        held = stage_parameters(step.scenario, step.layout, step.layout.stages[rank or 0])
+        held = stage_parameters(step.scenario, longest.layout, longest.layout.stages[rank or 0])
         return held.dense + held.expert
-    memory = step.memory if rank is None else step.holdings[rank].worst
+    memory = longest.memory if rank is None else longest.holdings[rank].worst
     if name.endswith(("_gib", "_gb")):
         return from_memory(name, memory.terms)
     return from_step_time(name, step.seconds, step.scenario, convention)

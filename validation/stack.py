@@ -22,6 +22,7 @@ import numpy.typing as npt
 from simulator.campaign import Step
 from simulator.events import evaluate
 from simulator.timing import Pricer
+from validation.long_steps import Played, shortened
 
 FloatArray = npt.NDArray[np.float64]
 LEAST_LAYOUTS = 3
@@ -63,14 +64,23 @@ class Response:
         return found
 
 
-def response(step: Step) -> Response:
-    """How a step answers to the numbers of its stack, by the max-plus reader of the same Program."""
-    pricer = Pricer(step.scenario, step.layout, step.load)
-    of_profile = pricer.gap, pricer.issue
+def response(step: Played) -> Response:
+    """How a step answers to the numbers of its stack, by the max-plus reader of the same Program.
+
+    A factor hardly depends on the loads that were drawn: it is told by short steps also where loads differ.
+    """
+    step = (shortened(step.scenario, "max-plus") if len(step.parts) == 1 else None) or step
+    pricers = {id(part): Pricer(part.scenario, part.layout, part.load) for _, part in step.parts}
+    stack = step.scenario.cluster.profile.stacks[step.scenario.cluster.stack_name]
+    of_profile = stack.gap_fraction.value, 0.0 if stack.issue is None else stack.issue.value
 
     def seconds(gap: float, issue_s: float) -> float:
-        pricer.gap, pricer.issue = gap, issue_s
-        return evaluate(step.program, pricer.price(step.program.classes).slowest()).step_s
+        def of_part(part: Step) -> float:
+            pricer = pricers[id(part)]
+            pricer.gap, pricer.issue = gap, issue_s
+            return evaluate(part.program, pricer.price(part.program.classes).slowest()).step_s
+
+        return step.total(of_part)
 
     base = seconds(*of_profile)
     first = [seconds(GAPS[0], 0.0)]

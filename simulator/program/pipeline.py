@@ -208,10 +208,11 @@ class _Arrivals:
                     stage=origin,
                 )
                 messages[self.sent_from[produced]].append(need)
-            self.draft.depend(np.array(ops), np.full(len(ops), need))
+            for op in ops:
+                self.draft.wait(op, need)
         for before, base in self.blocked:
             for message in messages[before]:
-                self.draft.depend(np.array([base]), np.array([message]))
+                self.draft.wait(base, message)
 
     @staticmethod
     def _source(name: str, stage: int, last: int) -> tuple[str, int] | None:

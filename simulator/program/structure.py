@@ -113,6 +113,8 @@ class Draft:
         self._labels: dict[str, int] = {}
         self._columns: list[tuple[IntArray, ...]] = []
         self._pairs: list[tuple[IntArray, IntArray]] = []
+        self._single: list[tuple[int, ...]] = []
+        self._waits: list[tuple[int, int]] = []
 
     def class_id(self, cls: OpClass) -> int:
         """Number of a class, new or known."""
@@ -135,11 +137,8 @@ class Draft:
     ) -> int:
         """Add one op and return its number."""
         number = self.count
-        values = (rank, stream, self.class_id(cls), microbatch, stage, self.label_id(label))
-        self.rows(np.array([number]), *(np.array([value]) for value in values))
-        needs = np.array(sorted(set(after)), dtype=np.int64)
-        if len(needs):
-            self.depend(np.full(len(needs), number), needs)
+        self._single.append((number, rank, stream, self.class_id(cls), microbatch, stage, self.label_id(label)))
+        self._waits.extend((number, need) for need in after)
         self.count += 1
         return number
 
@@ -166,8 +165,17 @@ class Draft:
         """Let each of ``ops`` wait for the matching one of ``needs``."""
         self._pairs.append((np.asarray(ops, dtype=np.int64), np.asarray(needs, dtype=np.int64)))
 
+    def wait(self, op: int, need: int) -> None:
+        """Let one op wait for another."""
+        self._waits.append((op, need))
+
     def finish(self) -> Program:
         """Close the draft: sort by number, add the in-order rule of every stream, drop duplicates."""
+        if self._single:
+            self._columns.append(tuple(np.array(self._single, dtype=np.int64).T))
+        if self._waits:
+            ops, needs = np.array(self._waits, dtype=np.int64).T
+            self.depend(ops, needs)
         number, rank, stream, cls, microbatch, stage, label = (
             np.concatenate(column) for column in zip(*self._columns, strict=True)
         )
@@ -183,8 +191,9 @@ class Draft:
             if self._pairs
             else (np.array([], int),) * 2
         )
-        keys = np.unique(ops * self.count + needs)
-        ops, needs = keys // self.count, keys % self.count
+        keys = np.sort(ops * self.count + needs)  # np.unique hashes, several times as slow
+        keys = keys[np.concatenate([[True], keys[1:] != keys[:-1]])] if len(keys) else keys
+        ops, needs = np.divmod(keys, self.count) if len(keys) else (keys, keys)
         start = np.concatenate([[0], np.cumsum(np.bincount(ops, minlength=self.count))])
         return Program(
             self.ranks,

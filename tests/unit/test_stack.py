@@ -7,6 +7,7 @@ import pytest
 
 from simulator.campaign import simulate_step
 from simulator.spec import load_scenario
+from validation.long_steps import Played
 from validation.stack import GAPS, ISSUES_S, Observation, Response, StackTerm, fitted, of_the_others, response
 
 
@@ -76,7 +77,7 @@ def test_shuffled_measurements_destroy_the_fit() -> None:
 def test_the_response_is_what_a_new_estimate_says() -> None:
     """Other numbers in the profile, and the whole step simulated again; both at once are told roughly."""
     step = simulate_step(load_scenario("quickstart"), "max-plus")
-    answer = response(step)
+    answer = response(Played(step.scenario, ((1.0, step),)))
     for gap, issue, within in ((0.0, 0.0, 0.01), (0.2, 0.0, 0.01), (0.0, 100e-6, 0.01), (0.4, 100e-6, 0.05)):
         stack = step.scenario.cluster.stack_name
         changes = {

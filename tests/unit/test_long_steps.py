@@ -1,0 +1,85 @@
+"""A long step from two shorter ones: the same to rounding where microbatches cost the same, else the whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from simulator import load_scenario
+from simulator.campaign import simulate_step
+from validation.long_steps import played, shortened
+
+DENSE: dict[str, Any] = {
+    "name": "long",
+    "model": "llama-2-70b",
+    "cluster": {"profile": "a100-sxm-80gb", "accelerators": 64},
+    "parallelism": {"tensor": 8, "pipeline": 4, "schedule": "1f1b"},
+    "training": {"tokens": "1T", "sequence_length": 2048, "global_batch_sequences": 96},
+    "cost": {"price_per_accelerator_hour": "1 USD"},
+}
+MOE: dict[str, Any] = {
+    "name": "long",
+    "model": "mixtral-8x7b",
+    "cluster": {"profile": "h100-sxm", "accelerators": 32},
+    "parallelism": {"pipeline": 4, "expert": 8, "schedule": "1f1b"},
+    "training": {"tokens": "1T", "sequence_length": 4096, "global_batch_sequences": 320},
+    "cost": {"price_per_accelerator_hour": "1 USD"},
+}
+PADDED = {"routing.capacity_factor": 1.0, "routing.pad_to_capacity": True, "routing.capacity_scope": "rank"}
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "engine"),
+    [
+        (DENSE, {}, "max-plus"),
+        (DENSE, {"parallelism.schedule": "interleaved", "parallelism.virtual_stages": 3}, "max-plus"),
+        (DENSE, {"parallelism.schedule": "dualpipe"}, "max-plus"),
+        (
+            DENSE,
+            {"parallelism.pipeline": 1, "parallelism.zero_stage": 3, "training.global_batch_sequences": 192},
+            "max-plus",
+        ),
+        (MOE, PADDED, "events"),
+    ],
+    ids=["1f1b", "interleaved", "dualpipe", "fsdp", "moe"],
+)
+def test_two_short_steps_tell_a_long_one(base: dict[str, Any], changes: dict[str, Any], engine: Any) -> None:
+    scenario = load_scenario(base, changes)
+
+    short, whole = played(scenario, engine), simulate_step(scenario, engine)
+
+    assert len(short.parts) == 2
+    assert short.longest.layout.microbatches < whole.layout.microbatches
+    assert short.seconds == pytest.approx(whole.seconds, rel=1e-9)
+    assert sum(short.breakdown.values()) == pytest.approx(whole.seconds, rel=1e-9)
+    assert short.breakdown == pytest.approx(dict(whole.timeline.breakdown), rel=1e-6, abs=1e-6 * whole.seconds)
+    assert short.longest.memory.terms == pytest.approx(whole.memory.terms)
+
+
+@pytest.mark.parametrize(
+    ("base", "changes"),
+    [
+        (MOE, {}),  # loads are drawn
+        (DENSE, {"parallelism.schedule": "gpipe"}),
+        (DENSE, {"training.global_batch_sequences": 24}),
+        (DENSE, {"training.global_batch_sequences": 98}),
+    ],
+    ids=["drawn loads", "gpipe", "short", "not whole rounds"],
+)
+def test_other_steps_are_played_to_the_end(base: dict[str, Any], changes: dict[str, Any]) -> None:
+    scenario = load_scenario(base, changes)
+
+    step = played(scenario, "max-plus")
+
+    assert [weight for weight, _ in step.parts] == [1.0]
+    assert step.seconds == simulate_step(scenario, "max-plus").seconds
+
+
+def test_drawn_loads_are_shortened_when_asked() -> None:
+    scenario = load_scenario(MOE)
+
+    step = shortened(scenario, "max-plus")
+
+    assert step is not None
+    assert step.seconds == pytest.approx(simulate_step(scenario, "max-plus").seconds, rel=0.02)
