@@ -6,7 +6,9 @@
 * Saved tensors: the tensors that the op list keeps for the backward pass, without those that recomputation drops,
   times the microbatches in flight at the worst moment of the schedule. Expert rows are those that the busiest rank
   receives.
-* Exchange buffers of the expert all-to-alls (tokens before and after the permutation), and the logits.
+* What lives only for a moment, at the moment that needs most (:func:`_moments`), and the gradients of weights on their
+  way into the accumulated ones. A stack decides how much of it it holds; what Megatron-LM with Transformer Engine holds
+  is read from their sources.
 """
 
 from __future__ import annotations
@@ -31,6 +33,15 @@ _STATES = {"adamw": 2.0, "muon": 1.0, "sgd": 1.0, "adafactor": 0.0}
 """Full-size moments of each optimizer; Adafactor's row and column sums are small enough to leave out."""
 
 _SIZES = {"mask": 1.0, "statistics": 4.0, "bytes": 1.0}
+
+_TRANSFORMER_ENGINE = frozenset({"megatron-core", "megatron-bridge"})
+"""Stacks of Megatron-Core with Transformer Engine. Their habits, from Megatron-LM @ 23e00ed and Transformer Engine 2.11:
+
+* The fused cross entropy writes the gradient over the logits, in their format (``CrossEntropyFunction``).
+* Weight gradients are added to the accumulated ones inside the product; what autograd gets instead is an empty tensor
+  of the weight's shape and format, of which one for each shape is kept for ever (``get_dummy_wgrad``).
+* A MoE layer holds the tokens before and after the dispatch until its end (``MoELayer.forward``).
+"""
 
 
 @dataclass(frozen=True)
@@ -210,27 +221,114 @@ def _holding(scenario: Scenario, layout: Layout, rank: int, schedule: Schedule, 
 def _buffers(
     scenario: Scenario, layout: Layout, stages: Sequence[Sequence[int]], received: Mapping[int, float]
 ) -> Ledger:
-    """What lives during one op: expert exchange, logits, gathered layers of ZeRO 3, the layer being recomputed."""
-    terms: dict[str, float] = {}
+    """What lives for a moment beside the saved tensors: the largest moment, and what belongs to none of them."""
+    split, weights = scenario.parallelism, ELEMENT_BYTES[scenario.training.precision.weights]
     blocks = [layout.blocks[index] for stage in stages for index in stage]
-    precision, split = scenario.training.precision, scenario.parallelism
-    width, moe = scenario.model.hidden_size, scenario.model.moe
-    if moe is not None and received and split.expert > 1:
-        mask = one_hot_mask(scenario, "decoder")
-        sent = tokens_per_rank(scenario) * (moe.top_k if mask is None else mask.slots / mask.tokens)
-        rows = max(received.values())
-        terms["exchange_buffers"] = width * (
-            sent * ELEMENT_BYTES[precision.dispatch] + rows * ELEMENT_BYTES[precision.combine]
-        )
-    if any(block.kind in ("lm_head", "mtp") for block in blocks):
-        terms["logits"] = 4.0 * scenario.model.vocabulary_size * _tokens(scenario, "decoder") / split.tensor
+    again = max((_recomputed(scenario, layout, stage, received) for stage in stages), default=0.0)
+    moments = _moments(scenario, blocks, received, again)
+    terms = max(moments, key=lambda moment: sum(moment.values()))
+    if scenario.cluster.stack_name in _TRANSFORMER_ENGINE:
+        shapes = {shape for block in blocks for shape in _weight_shapes(scenario, block)}
+        terms["weight_gradients"] = weights * sum(n * k for n, k in shapes)
     if split.zero_stage == 3:
         live = (split.fully_sharded.prefetch if split.fully_sharded else 1) + 1
         held = [stage_parameters(scenario, layout, [index]) for stage in stages for index in stage]
         largest = max((each.dense + each.expert for each in held), default=0.0)
-        terms["gathered_weights"] = live * largest * ELEMENT_BYTES[precision.weights]
-    terms["recomputed_layer"] = max((_recomputed(scenario, layout, stage, received) for stage in stages), default=0.0)
+        terms["gathered_weights"] = live * largest * weights
     return Ledger({name: value for name, value in terms.items() if value})
+
+
+def _moments(
+    scenario: Scenario, blocks: Sequence[Block], received: Mapping[int, float], again: float
+) -> tuple[dict[str, float], ...]:
+    """Candidates for the worst moment, each when the microbatch that runs has all its tensors saved.
+
+    * The end of a MoE layer's forward: its exchange.
+    * The first ops of a layer's backward: gradients of its feed-forward part, and of one weight. Where layers are
+      computed again, both come with what that brings back (``again``).
+    * The backward of the head: logits, which have become their gradient, that of its input, and that of its weight.
+    """
+    weights = ELEMENT_BYTES[scenario.training.precision.weights]
+    fused = scenario.cluster.stack_name in _TRANSFORMER_ENGINE  # keeps the gradients of weights throughout
+    heads = [block for block in blocks if block.kind in ("lm_head", "mtp")]
+    layers = [block for block in blocks if block.kind in ("layer", "mtp")]
+
+    def weight(of: Sequence[Block]) -> float:
+        sizes = [n * k for block in of for n, k in _weight_shapes(scenario, block)]
+        return 0.0 if fused else weights * max(sizes, default=0.0)
+
+    return (
+        {"exchange_buffers": _exchange(scenario, received), "recomputed_layer": again},
+        {
+            "activation_gradients": max((_dense_gradients(scenario, block) for block in layers), default=0.0),
+            "weight_gradients": weight(layers),
+            "recomputed_layer": again,
+        },
+        {**_head_gradients(scenario), "weight_gradients": weight(heads)} if heads else {},
+    )
+
+
+def _exchange(scenario: Scenario, received: Mapping[int, float]) -> float:
+    """Tokens of the exchanges of the experts' all-to-alls, sent s and received r rows.
+
+    One exchange or permutation holds what goes in and what comes out, s + r. Megatron-Core keeps more to the end of
+    the layer: tokens sent (s), tokens as they arrived, before they are sorted by expert (r), outputs of the experts (r)
+    and the same sorted for the way back (r), beside the output of the shared experts. With one expert on a rank nothing
+    is sorted: tokens sent (s), outputs (r), and outputs come back (s).
+    """
+    moe, precision = scenario.model.moe, scenario.training.precision
+    if moe is None or not received or scenario.parallelism.expert == 1:
+        return 0.0
+    width, mask = scenario.model.hidden_size, one_hot_mask(scenario, "decoder")
+    dispatch, combine = ELEMENT_BYTES[precision.dispatch], ELEMENT_BYTES[precision.combine]
+    tokens = tokens_per_rank(scenario)
+    sent, rows = tokens * (moe.top_k if mask is None else mask.slots / mask.tokens), max(received.values())
+    if mask is not None or scenario.cluster.stack_name not in _TRANSFORMER_ENGINE:
+        return width * (sent * dispatch + rows * combine)
+    shared = tokens * ELEMENT_BYTES[precision.residual] if moe.shared_experts else 0.0
+    if moe.experts == scenario.parallelism.expert:
+        return width * (sent * dispatch + (rows + sent) * combine + shared)
+    return width * ((sent + rows) * dispatch + 2 * rows * combine + shared)
+
+
+def _dense_gradients(scenario: Scenario, block: Block) -> float:
+    """Gradients beside the saved tensors when the backward pass of a dense feed-forward part begins.
+
+    That of its output, and that of the input of its activation [rows, inner]; the gradient of the activation's output
+    replaces that output, which the product before it has used up.
+    """
+    split, size = scenario.parallelism, ELEMENT_BYTES[scenario.training.precision.residual]
+    inner = [tensor.elements for op in block.ops for tensor in op.saves if tensor.name == "dense_ffn pre-activation"]
+    width = scenario.model.hidden_size / (split.tensor if split.sequence_parallel else 1)
+    return size * _tokens(scenario, block.stack) * (width + max(inner) / split.tensor) if inner else 0.0
+
+
+def _head_gradients(scenario: Scenario) -> dict[str, float]:
+    """Logits, or their gradient, and the gradient of the head's input; of all tokens, before they are scattered.
+
+    With sequence parallelism the input itself is gathered too.
+    """
+    split, precision = scenario.parallelism, scenario.training.precision
+    fused = scenario.cluster.stack_name in _TRANSFORMER_ENGINE
+    logit = ELEMENT_BYTES[precision.lm_head] if fused else 4.0
+    rows = _tokens(scenario, "decoder")
+    copies = 2 if split.sequence_parallel and split.tensor > 1 else 1
+    return {
+        "logits": logit * scenario.model.vocabulary_size * rows / split.tensor,
+        "activation_gradients": copies * ELEMENT_BYTES[precision.residual] * scenario.model.hidden_size * rows,
+    }
+
+
+def _weight_shapes(scenario: Scenario, block: Block) -> set[tuple[float, float]]:
+    """Shapes of the weights of a block's products on one rank; experts of one shape count once, routers not."""
+    split = scenario.parallelism
+    shapes = set()
+    for op in block.ops:
+        if isinstance(op, GroupedGemm) or (isinstance(op, Gemm) and op.role != "router"):
+            shards = split.expert_tensor if isinstance(op, GroupedGemm) else split.tensor
+            columns, rows = (shards if op.split == side else 1 for side in ("column", "row"))
+            shapes.add((op.n / columns, op.k / rows))
+    return shapes
 
 
 def _recomputed(scenario: Scenario, layout: Layout, stage: Sequence[int], received: Mapping[int, float]) -> float:
@@ -269,6 +367,8 @@ def _tensor_bytes(scenario: Scenario, block: Block, tensor: Saved, rows: float) 
     split, precision = scenario.parallelism, scenario.training.precision
     if tensor.role == "logits":
         return 0.0  # one buffer, counted apart
+    if tensor.cast and precision.saved_activations == precision.residual:
+        return 0.0  # the product holds the very tensor that is kept anyway
     size = _SIZES[tensor.role] if tensor.role in _SIZES else ELEMENT_BYTES[str(getattr(precision, tensor.role))]
     if tensor.rows == "received":
         return tensor.elements * size * rows / (split.expert_tensor if tensor.shard == "tensor" else 1)

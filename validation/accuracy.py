@@ -19,11 +19,16 @@ from typing import Any
 import numpy as np
 
 from simulator import TrainingEstimate, load_scenario
+from simulator.campaign import uncertainty
+from simulator.campaign.uncertainty import SignedError
 from simulator.spec import EngineName
 from validation.evidence import Contrast, PublishedRun, Source, published_runs, sources
 from validation.predictions import TIMES, Prediction, as_the_others_say, predict, timed
 
 GROUP = "runs"
+AT_SCALE = "MoE at 64 or more accelerators"
+TERMS = 5
+"""Terms of a step that are shown with its error."""
 
 
 def judge(names: Sequence[str] = (), engine: EngineName | None = None, *, test: bool = False) -> list[dict[str, Any]]:
@@ -77,8 +82,9 @@ def _of_run(source: Source, prediction: Prediction, baseline_s: float | None) ->
             }
             continue
         values = prediction.values(quantity.name)
-        low, high = min(values), max(values)
-        reached = values[0] if run.complete else math.sqrt(low * high)
+        possible = [point.values[quantity.name] for point in prediction.possible]
+        low, high = min(possible), max(possible)
+        reached = values[0] if run.complete else math.sqrt(min(values) * max(values))
         error = reached / quantity.value - 1.0
         ok = None
         if run.complete and run.tolerance is not None:
@@ -100,6 +106,8 @@ def _of_run(source: Source, prediction: Prediction, baseline_s: float | None) ->
             "range_width_percent": None if run.complete else 100.0 * (high / low - 1.0),
             "log_range": _log_range(prediction) if is_main and not run.complete else None,
             "time_error_percent": 100.0 * _time_error(quantity.name, error) if is_main else None,
+            "terms_percent": _terms(prediction) if is_main else None,
+            "reason": source.why(run.id) if is_main else None,
             "baseline_error_percent": (
                 100.0 * (baseline_s / published_s - 1.0)
                 if is_main and baseline_s and (published_s := prediction.points[0].published_s)
@@ -147,14 +155,23 @@ def _check(
         "range": None,
         "range_width_percent": None,
         "log_range": None,
+        "terms_percent": None,
+        "reason": None,
         "note": run.note,
     }
 
 
 def _log_range(prediction: Prediction) -> list[float]:
-    """Least and largest log error of the step time over the swept points."""
-    logs = [math.log(point.step_s / point.published_s) for point in prediction.points if point.published_s]
+    """Least and largest log error of the step time over the swept points and what the stack leaves open."""
+    logs = [math.log(point.step_s / point.published_s) for point in prediction.possible if point.published_s]
     return [min(logs), max(logs)]
+
+
+def _terms(prediction: Prediction) -> dict[str, float]:
+    """The largest terms of the first point's step, in percent of it."""
+    point = prediction.points[0]
+    largest = sorted(point.terms_s.items(), key=lambda term: -term[1])[:TERMS]
+    return {name: round(100.0 * seconds / point.step_s, 1) for name, seconds in largest}
 
 
 def _time_error(quantity: str, error: float) -> float:
@@ -230,11 +247,44 @@ def summary(checks: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if check["group"] == GROUP and check["time_error_percent"] is not None:
             families[check["family"]].append(check)
             if check["moe"] and check["accelerators"] >= 64:
-                families["MoE at 64 or more accelerators"].append(check)
-    return {family: _summary(rows) for family, rows in sorted(families.items())}
+                families[AT_SCALE].append(check)
+    errors = tuple(signed_errors(checks))
+    return {family: _summary(rows, errors) for family, rows in sorted(families.items())}
 
 
-def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def signed_errors(checks: Iterable[Mapping[str, Any]]) -> list[SignedError]:
+    """Mean log error of every layout with complete rows, in the order of their names."""
+    by_layout: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for check in checks:
+        if check["complete"] and check["time_error_percent"] is not None:
+            by_layout[check["layout"]].append(check)
+    found = []
+    for layout, rows in sorted(by_layout.items()):
+        log_error = float(np.mean([math.log1p(row["time_error_percent"] / 100.0) for row in rows]))
+        first = rows[0]
+        shown = (first["hardware"], first["vendor"], first["moe"], first["accelerators"])
+        found.append(SignedError(layout, *shown, round(log_error, 5)))
+    return found
+
+
+def release_spread(checks: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """How far measurements of one layout lie apart that differ in the software's release alone: largest over least - 1.
+
+    By layout, in percent: the noise floor of reality. Rows of one prediction and several measurements.
+    """
+    measured: dict[tuple[str, str, float], list[float]] = defaultdict(list)
+    for check in checks:
+        if check["group"] == GROUP and check["time_error_percent"] is not None and check["reached"]:
+            same = (check["layout"], check["name"].rpartition(": ")[2], round(check["reached"], 6))
+            measured[same].append(check["expected"])
+    return {
+        f"{layout}: {quantity}": 100.0 * (max(some) / min(some) - 1.0)
+        for (layout, quantity, _), some in sorted(measured.items())
+        if len(some) > 1
+    }
+
+
+def _summary(rows: Sequence[dict[str, Any]], errors: tuple[SignedError, ...]) -> dict[str, Any]:
     complete = [row for row in rows if row["complete"]]
     open_ = [row for row in rows if not row["complete"]]
     result: dict[str, Any] = {"rows": len(rows), "layouts": len({row["layout"] for row in rows})}
@@ -255,7 +305,8 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if open_:
         result["inside_range"] = float(np.mean([bool(row["ok"]) for row in open_]))
         result["median_range_width_percent"] = float(np.median([row["range_width_percent"] for row in open_]))
-    result["interval_coverage"] = None
+    inside, asked = uncertainty.coverage(errors, frozenset(signed))
+    result["interval_coverage"] = inside / asked if asked else None
     return result
 
 
@@ -311,4 +362,13 @@ def predicted(result: TrainingEstimate, name: str) -> float:
     return float(value)
 
 
-__all__ = ["against_published", "baseline", "judge", "predicted", "summary"]
+__all__ = [
+    "AT_SCALE",
+    "against_published",
+    "baseline",
+    "judge",
+    "predicted",
+    "release_spread",
+    "signed_errors",
+    "summary",
+]

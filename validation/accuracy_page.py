@@ -15,11 +15,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from scipy.stats import binomtest
 
 from simulator.campaign import uncertainty
 from simulator.campaign.uncertainty import SignedError
+from validation.accuracy import release_spread, signed_errors
 from validation.evidence import FOLDER, sources
 
 ROOT = Path(__file__).parent.parent
@@ -33,39 +33,21 @@ kernel tables, and the stack term of each run from the *other* layouts of its st
 ([evidence](evidence.md)). Errors are of the step time; positive means predicted slower.""".splitlines()
 
 
-def write(checks: Sequence[Check], summary: Mapping[str, Mapping[str, Any]]) -> list[Path]:
-    """Write the page, its figure and the signed errors."""
+Ablation = Mapping[str, Mapping[str, float]]
+
+
+def write(
+    checks: Sequence[Check], summary: Mapping[str, Mapping[str, Any]], ablation: Ablation | None = None
+) -> list[Path]:
+    """Write the page, its figure and the signed errors; ``ablation``: errors by family without parts."""
     errors = signed_errors(checks)
     rows = [vars(each) for each in errors]
     record = {"fingerprints": fingerprints(), "rows": _sample(checks), "layouts": rows}
     uncertainty.FILE.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     uncertainty.signed_errors.cache_clear()
-    PAGE.write_text("\n".join(_page(checks, summary, errors)) + "\n", "utf-8")
+    PAGE.write_text("\n".join(_page(checks, summary, errors, ablation or {})) + "\n", "utf-8")
     _draw(checks)
     return [PAGE, FIGURE, uncertainty.FILE]
-
-
-def signed_errors(checks: Iterable[Check]) -> list[SignedError]:
-    """Mean log error of every layout with complete rows."""
-    by_layout: dict[str, list[Check]] = defaultdict(list)
-    for check in checks:
-        if check["complete"] and check["time_error_percent"] is not None and check["role"] == "fit":
-            by_layout[check["layout"]].append(check)
-    found = []
-    for layout, rows in sorted(by_layout.items()):
-        log_error = float(np.mean([math.log1p(row["time_error_percent"] / 100.0) for row in rows]))
-        first = rows[0]
-        found.append(
-            SignedError(
-                layout,
-                first["hardware"],
-                first["vendor"],
-                first["moe"],
-                first["accelerators"],
-                round(log_error, 5),
-            )
-        )
-    return found
 
 
 def fingerprints() -> dict[str, str]:
@@ -88,53 +70,134 @@ def _sample(checks: Iterable[Check]) -> list[dict[str, Any]]:
 
 
 def _page(
-    checks: Sequence[Check], summary: Mapping[str, Mapping[str, Any]], errors: Sequence[SignedError]
+    checks: Sequence[Check],
+    summary: Mapping[str, Mapping[str, Any]],
+    errors: Sequence[SignedError],
+    ablation: Ablation,
 ) -> Iterator[str]:
-    inside, asked = uncertainty.coverage(tuple(errors))
     yield "# Accuracy: predictions against published runs"
     yield ""
     yield from _INTRODUCTION
     yield ""
     yield "![Predicted against published step time](accuracy.svg)"
     yield ""
+    for part in (
+        _families(summary),
+        _interval(summary, errors),
+        _misses(checks),
+        _ablation(ablation),
+        _stacks(checks),
+        _releases(checks),
+        _runs(checks),
+        _contrasts(checks),
+        _memory(checks),
+    ):
+        yield from part
+
+
+def _families(summary: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield from _table(
-        ["family", "layouts", "MAPE", "median", "p90", "bias", "constant MFU", "inside range", "median width"],
+        ["family", "layouts", "MAPE", "median", "p90", "bias", "constant MFU", "inside range", "width", "in interval"],
         (
             [
                 family,
                 str(each["layouts"]),
                 *(_percent(each.get(key)) for key in ("mape", "median", "p90", "bias", "baseline_mape")),
-                "" if each.get("inside_range") is None else f"{100 * each['inside_range']:.0f} %",
+                _share(each.get("inside_range")),
                 _percent(each.get("median_range_width_percent")),
+                _share(each.get("interval_coverage")),
             ]
             for family, each in summary.items()
         ),
     )
     yield ""
     yield "Constant MFU: what the mean MFU of the family's other layouts gives. Inside range: incomplete rows whose"
-    yield "measurement lies inside the predictions over all swept values, with the width of that range."
+    yield "measurement lies inside the predictions over all swept values and over the middle 80 % of the stack terms of"
+    yield "the other layouts, with the median width of that range. In interval: see below."
+
+
+def _interval(summary: Mapping[str, Mapping[str, Any]], errors: Sequence[SignedError]) -> Iterator[str]:
+    inside, asked = uncertainty.coverage(tuple(errors))
+    if not asked:
+        return
+    low, high = binomtest(inside, asked).proportion_ci(0.95)
     yield ""
     yield "## Interval"
     yield ""
-    if asked:
-        low, high = binomtest(inside, asked).proportion_ci(0.95)
-        yield f"The 80 % interval that an estimate prints, formed for every layout from all others, holds {inside} of"
-        yield f"{asked} measurements: {100 * inside / asked:.0f} % (95 % binomial interval {100 * low:.0f} to"
-        yield f"{100 * high:.0f} %). It does not cover failures and restarts, data loading, layouts that nobody tuned,"
-        yield "or hardware far from all of these."
+    yield f"The 80 % interval that an estimate prints, formed for every layout from all others, holds {inside} of"
+    yield f"{asked} measurements: {100 * inside / asked:.0f} % (95 % binomial interval {100 * low:.0f} to"
+    yield f"{100 * high:.0f} %). It does not cover failures and restarts, data loading, layouts that nobody tuned,"
+    yield "or hardware far from all of these."
+
+
+def _misses(checks: Sequence[Check]) -> Iterator[str]:
+    """The worst rows, one of each layout, with what their time is made of and what could explain them."""
+    missed = [check for check in checks if check["ok"] is False and check["time_error_percent"] is not None]
+    worst: dict[str, Check] = {}
+    for check in sorted(missed, key=lambda check: -abs(math.log1p(check["time_error_percent"] / 100.0))):
+        worst.setdefault(check["layout"], check)
     yield ""
-    yield "## Stack terms"
+    yield "## The ten worst misses"
     yield ""
+    yield from _table(
+        ["run", "error of time", "largest terms of the prediction", "what could explain it"],
+        (
+            [
+                check["name"].rpartition(": ")[0],
+                f"{check['time_error_percent']:+.1f} %",
+                ", ".join(f"{name} {share:.0f} %" for name, share in (check["terms_percent"] or {}).items()),
+                check["reason"] or "",
+            ]
+            for check in list(worst.values())[:10]
+        ),
+    )
+
+
+def _ablation(ablation: Ablation) -> Iterator[str]:
+    if not ablation:
+        return
+    parts = list(dict.fromkeys(part for row in ablation.values() for part in row))
+    yield ""
+    yield "## Without parts of the physics"
+    yield ""
+    yield "MAPE of the complete rows: with everything; with one efficiency for every shape; with all communication"
+    yield "exposed; with every expert equally likely; without the stack term. For the other columns it is fitted again."
+    yield ""
+    yield from _table(
+        ["family", *parts],
+        ([family, *(_percent(row.get(part)) for part in parts)] for family, row in ablation.items()),
+    )
+
+
+def _stacks(checks: Sequence[Check]) -> Iterator[str]:
     gaps: dict[str, list[float]] = defaultdict(list)
     for check in checks:
         if check["time_error_percent"] is not None:
             gaps[check["stack"]].append(check["gap_fraction"])
+    yield ""
+    yield "## Stack terms"
+    yield ""
     yield "Idle and unmodelled time as a share of compute, each run's from the other layouts of its stack:"
     yield ""
     yield from _table(
         ["stack", "rows", "from", "to"],
         ([name, str(len(some)), f"{min(some):.3f}", f"{max(some):.3f}"] for name, some in sorted(gaps.items())),
     )
+
+
+def _releases(checks: Sequence[Check]) -> Iterator[str]:
+    spread = release_spread(checks)
+    if not spread:
+        return
+    yield ""
+    yield "## Releases of the same software"
+    yield ""
+    yield "One layout measured under several releases, largest over least: the layout alone cannot tell more."
+    yield ""
+    yield from _table(["layout", "spread"], ([name, _percent(value)] for name, value in spread.items()))
+
+
+def _runs(checks: Sequence[Check]) -> Iterator[str]:
     yield ""
     yield "## Runs"
     timed = [check for check in checks if check["time_error_percent"] is not None]
@@ -146,13 +209,16 @@ def _page(
         yield f"### {source.name}"
         yield ""
         yield f"[{source.source.title}]({source.source.url}). {' '.join(source.rule.split())}"
+        for each in source.misses:
+            yield ""
+            yield f"Misses of {', '.join(each.of)}: {' '.join(each.why.split())}"
         yield ""
         shown = rows if len(rows) <= 40 else sorted(rows, key=lambda row: -abs(row["time_error_percent"]))[:15]
         if len(shown) < len(rows):
             yield f"The 15 of {len(rows)} rows that are farthest off:"
             yield ""
         yield from _table(
-            ["run", "published", "predicted", "range", "error of time", "constant MFU"],
+            ["run", "published", "predicted", "range", "error of time", "constant MFU", "engine"],
             (
                 [
                     check["name"].split("/", 1)[1],
@@ -161,11 +227,14 @@ def _page(
                     "" if check["range"] is None else "{:.4g} to {:.4g}".format(*check["range"]),
                     f"{check['time_error_percent']:+.1f} %",
                     _percent(check["baseline_error_percent"]),
+                    check["engine"],
                 ]
                 for check in shown
             ),
         )
-    contrasts = [check for check in checks if check["group"] == "contrasts"]
+
+
+def _contrasts(checks: Sequence[Check]) -> Iterator[str]:
     yield ""
     yield "## Contrasts"
     yield ""
@@ -180,10 +249,13 @@ def _page(
                 f"{check['tolerance']:.3g}",
                 "met" if check["ok"] else "missed",
             ]
-            for check in contrasts
+            for check in checks
+            if check["group"] == "contrasts"
         ),
     )
-    memory = [check for check in checks if check["group"] == "runs" and check["unit"] in ("GiB", "GB")]
+
+
+def _memory(checks: Sequence[Check]) -> Iterator[str]:
     yield ""
     yield "## Memory"
     yield ""
@@ -196,8 +268,8 @@ def _page(
                 f"{check['reached']:.4g}",
                 f"{check['error_percent']:+.1f} %",
             ]
-            for check in memory
-            if check["reached"] is not None
+            for check in checks
+            if check["group"] == "runs" and check["unit"] in ("GiB", "GB") and check["reached"] is not None
         ),
     )
 
@@ -207,6 +279,10 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]
     yield "|" + "---|" * len(heads)
     for row in rows:
         yield "| " + " | ".join(row) + " |"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100.0 * value:.0f} %"
 
 
 def _percent(value: float | None) -> str:
@@ -252,4 +328,4 @@ def _draw(checks: Sequence[Check]) -> None:
     pyplot.close(figure)
 
 
-__all__ = ["FIGURE", "PAGE", "fingerprints", "signed_errors", "write"]
+__all__ = ["FIGURE", "PAGE", "fingerprints", "write"]

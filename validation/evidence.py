@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -115,6 +116,20 @@ class Contrast(_Data):
     note: str | None = None
 
 
+class Explanation(_Data):
+    """Why rows are farther off than they should be: the terms that could explain it, and the evidence.
+
+    ``of``: ids of rows, or patterns as of file names.
+    """
+
+    of: tuple[str, ...]
+    why: str
+
+    def covers(self, row: str) -> bool:
+        """Whether it speaks of a row."""
+        return any(fnmatchcase(row, pattern) for pattern in self.of)
+
+
 class PublishedRun(_Data):
     """One published run: a scenario, what was measured, and what the source leaves open."""
 
@@ -169,7 +184,7 @@ _NEUTRAL: dict[str, Any] = {"cost": {"price_per_accelerator_hour": "1 USD"}}
 
 
 class Source(_Data):
-    """One file of evidence. ``left_out``: rows of the source that are not here, with the reason."""
+    """One file of evidence. ``left_out``: rows of the source that are not here, ``misses``: why some are far off."""
 
     name: str
     source: Citation
@@ -187,6 +202,11 @@ class Source(_Data):
     memory: tuple[Row, ...] = ()
     contrasts: tuple[Contrast, ...] = ()
     left_out: tuple[str, ...] = ()
+    misses: tuple[Explanation, ...] = ()
+
+    def why(self, row: str) -> str | None:
+        """The explanation of a row's miss, the first that covers it."""
+        return next((each.why for each in self.misses if each.covers(row)), None)
 
     def runs(self) -> tuple[PublishedRun, ...]:
         """Every run whose time or speed was measured, or that takes part in a contrast."""
@@ -253,4 +273,15 @@ def _read(path: Path) -> Source:
     return Source.model_validate({"name": path.stem, **data})
 
 
-__all__ = ["Contrast", "PublishedRun", "Quantity", "Row", "Source", "Table", "published_runs", "role_of", "sources"]
+__all__ = [
+    "Contrast",
+    "Explanation",
+    "PublishedRun",
+    "Quantity",
+    "Row",
+    "Source",
+    "Table",
+    "published_runs",
+    "role_of",
+    "sources",
+]

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +24,16 @@ from simulator.workload import parameters
 from validation.evidence import PublishedRun
 from validation.long_steps import Played, played
 from validation.quantities import Convention, flop_per_token, from_memory, from_step_time, step_time_behind
-from validation.stack import Observation, Response, StackTerm, fitted, of_the_others, response
+from validation.stack import (
+    Observation,
+    Response,
+    Spread,
+    StackTerm,
+    fitted,
+    of_the_others,
+    response,
+    spread_of_the_others,
+)
 
 TIMES = ("step_time_", "gpu_hours", "bubble_")
 SPEEDS = frozenset(
@@ -58,7 +67,8 @@ class Point:
 class Prediction:
     """One run at all of its points; ``refused``: why points could not be simulated.
 
-    ``stack``: profile and software stack; ``term``: the numbers of the stack under which it was predicted.
+    ``stack``: profile and software stack; ``term``: the numbers of the stack under which it was predicted; ``around``:
+    the same points under the lower and the upper numbers that the other layouts of the stack leave open.
     """
 
     run: PublishedRun
@@ -71,10 +81,16 @@ class Prediction:
     term: StackTerm
     points: tuple[Point, ...]
     refused: tuple[str, ...]
+    around: tuple[tuple[Point, ...], ...] = ()
 
     def values(self, quantity: str) -> tuple[float, ...]:
         """The quantity at every point."""
         return tuple(point.values[quantity] for point in self.points)
+
+    @property
+    def possible(self) -> tuple[Point, ...]:
+        """All points, and what they would be under other numbers of the stack."""
+        return tuple(point for points in (self.points, *self.around) for point in points)
 
     @property
     def layout(self) -> str:
@@ -89,8 +105,12 @@ class Prediction:
             return None
         return Observation(self.stack, self.layout, (min(logs) + max(logs)) / 2.0, self.points[0].response)
 
-    def under(self, term: StackTerm) -> Prediction:
+    def under(self, term: StackTerm, spread: Spread | None = None) -> Prediction:
         """The same under other numbers of the stack; memory stays. Only for a prediction under the profile's own."""
+        around = () if spread is None else tuple(self._points_under(each) for each in spread)
+        return replace(self, term=term, points=self._points_under(term), around=around)
+
+    def _points_under(self, term: StackTerm) -> tuple[Point, ...]:
         points = []
         for point in self.points:
             factor = point.response.factor(term)
@@ -100,7 +120,7 @@ class Prediction:
             }
             terms = {name: value * factor for name, value in point.terms_s.items()}
             points.append(replace(point, values=values, step_s=point.step_s * factor, terms_s=terms))
-        return replace(self, term=term, points=tuple(points))
+        return tuple(points)
 
 
 def as_the_others_say(predictions: Sequence[Prediction]) -> list[Prediction]:
@@ -111,12 +131,14 @@ def as_the_others_say(predictions: Sequence[Prediction]) -> list[Prediction]:
             by_stack[each.stack].append(each.observation)
     issued = {each.stack: each.term.issue_s is not None for each in predictions}
     known = {stack: of_the_others(some, issues=issued[stack]) for stack, some in by_stack.items()}
+    spreads = {stack: spread_of_the_others(some, issues=issued[stack]) for stack, some in by_stack.items()}
     everything = {stack: fitted(some, issues=issued[stack]) for stack, some in by_stack.items()}
     found = []
     for each in predictions:  # a run of which memory or a contrast alone is stated has no say in its stack
         terms = known.get(each.stack, {})
         term = terms[each.layout] if each.layout in terms else everything.get(each.stack)
-        found.append(each if term is None else each.under(term))
+        spread = None if each.run.complete else spreads.get(each.stack, {}).get(each.layout)
+        found.append(each if term is None else each.under(term, spread))
     return found
 
 
@@ -135,21 +157,26 @@ def stack_terms(predictions: Sequence[Prediction]) -> dict[str, StackTerm]:
 
 
 Task = tuple[PublishedRun, tuple[str, ...]]
+Change = Callable[[Scenario], Scenario]
 
 
 def predict(
-    runs: Sequence[tuple[PublishedRun, frozenset[str]]], *, engine: EngineName | None = None, jobs: int | None = None
+    runs: Sequence[tuple[PublishedRun, frozenset[str]]],
+    *,
+    engine: EngineName | None = None,
+    jobs: int | None = None,
+    change: Change | None = None,
 ) -> list[Prediction]:
     """Predict the named quantities of every run at every point, in the order given.
 
     ``engine``: None = SimPy for MoE, max-plus for dense models. Runs of one layout that were measured under several
-    releases are simulated once.
+    releases are simulated once. ``change``: what is done to every scenario first.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for index, (run, _) in enumerate(runs):
         groups[_simulated(run)].append(index)
     order = sorted(groups.values(), key=lambda group: -_effort(runs[group[0]][0]))  # long ones first
-    tasks = [([(runs[index][0], tuple(sorted(runs[index][1]))) for index in group], engine) for group in order]
+    tasks = [([(runs[index][0], tuple(sorted(runs[index][1]))) for index in group], engine, change) for group in order]
     workers = min(len(tasks), jobs or os.cpu_count() or 1)
     if workers <= 1 or len(tasks) < 4:
         results = [_predict_group(task) for task in tasks]
@@ -182,14 +209,18 @@ def _effort(run: PublishedRun) -> float:
     return math.prod(axes) * microbatches * scenario.model.layers * expensive
 
 
-def _predict_group(task: tuple[list[Task], EngineName | None]) -> list[Prediction]:
-    tasks, engine = task
+def _predict_group(task: tuple[list[Task], EngineName | None, Change | None]) -> list[Prediction]:
+    tasks, engine, change = task
     steps: dict[str, Played | str] = {}
-    return [_predict(run, names, engine, steps) for run, names in tasks]
+    return [_predict(run, names, engine, change, steps) for run, names in tasks]
 
 
 def _predict(
-    run: PublishedRun, names: tuple[str, ...], engine: EngineName | None, steps: dict[str, Played | str]
+    run: PublishedRun,
+    names: tuple[str, ...],
+    engine: EngineName | None,
+    change: Change | None,
+    steps: dict[str, Played | str],
 ) -> Prediction:
     """Predict one run; ``steps``: what was simulated already, by settings."""
     answer: Response | None = None  # that of the first point stands for all: swept values hardly change it
@@ -200,7 +231,7 @@ def _predict(
         key = json.dumps(simulated, sort_keys=True, default=str)
         scenario, convention = run.at(settings)
         if key not in steps:
-            steps[key] = _step(scenario, engine)
+            steps[key] = _step(scenario if change is None else change(scenario), engine)
         found = steps[key]
         if isinstance(found, str):
             refused.append(found)

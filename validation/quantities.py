@@ -38,7 +38,9 @@ UNITS: Mapping[str, str] = {
     "states_gib": "GiB",
     "activations_gib": "GiB",
     "activations_gb": "GB",
+    "weights_and_gradients_gib": "GiB",
     "weights_and_gradients_gb": "GB",
+    "optimizer_gib": "GiB",
     "optimizer_gb": "GB",
 }
 """Every quantity that evidence may state, with the unit in which it is printed."""

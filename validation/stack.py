@@ -25,7 +25,7 @@ from simulator.timing import Pricer
 from validation.long_steps import Played, shortened
 
 FloatArray = npt.NDArray[np.float64]
-LEAST_LAYOUTS = 3
+LEAST_LAYOUTS = 2
 """Other layouts that a fit needs; with fewer, the numbers of the profile stand."""
 
 GAPS = (0.0, 0.4)
@@ -42,6 +42,10 @@ class StackTerm:
 
     gap: float
     issue_s: float | None
+
+
+Spread = tuple[StackTerm, StackTerm]
+"""Lower and upper numbers of a stack."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,34 @@ def of_the_others(observations: Sequence[Observation], *, issues: bool) -> Mappi
     return {layout: _best(total - mean, tried, issues=issues) for layout, mean in means.items()}
 
 
+def spread_of_the_others(observations: Sequence[Observation], *, issues: bool) -> Mapping[str, Spread | None]:
+    """For every layout of one stack, how far the gaps lie apart that the other layouts would have each on its own.
+
+    What an incomplete source leaves out of its software (release, options, tuning) is within this spread: the middle
+    80 % of the other layouts' own gaps, at the issue time that fits all of them.
+    """
+    terms = of_the_others(observations, issues=issues)
+    by_layout: dict[str, list[Observation]] = defaultdict(list)
+    for each in observations:
+        by_layout[each.layout].append(each)
+    found: dict[str, Spread | None] = {}
+    for layout, term in terms.items():
+        if term is None:
+            found[layout] = None
+            continue
+        own = [own_gap(some, term.issue_s) for other, some in by_layout.items() if other != layout]
+        low, high = np.quantile(own, [0.1, 0.9])
+        found[layout] = StackTerm(min(low, term.gap), term.issue_s), StackTerm(max(high, term.gap), term.issue_s)
+    return found
+
+
+def own_gap(observations: Sequence[Observation], issue_s: float | None) -> float:
+    """The gap at which the mean log error of some runs is nearest to zero."""
+    at = np.array([issue_s or 0.0])
+    signed = [each.log_error + np.log(each.response.factors(_TRIED_GAPS, at)[:, 0]) for each in observations]
+    return float(_TRIED_GAPS[int(np.abs(np.mean(signed, axis=0)).argmin())])
+
+
 def _misses(each: Observation, issues_s: FloatArray) -> FloatArray:
     """Absolute log error on the grid of what is tried [gaps, issues]."""
     return np.abs(each.log_error + np.log(each.response.factors(_TRIED_GAPS, issues_s)))
@@ -141,8 +173,11 @@ __all__ = [
     "LEAST_LAYOUTS",
     "Observation",
     "Response",
+    "Spread",
     "StackTerm",
     "fitted",
     "of_the_others",
+    "own_gap",
     "response",
+    "spread_of_the_others",
 ]

@@ -248,10 +248,10 @@ def chosen_experts(counts: Sequence[int], tokens: int, top_k: int, device: torch
 
 
 def run(case: Fields, forward: Callable[[], Tensor], inputs: Sequence[Tensor]) -> Work:
-    """The forward without a graph, or (FB) an output and the gradients of all inputs."""
+    """The forward without a graph, or (FB) an output as large as the first input and the gradients of all inputs."""
     if case["which"] == "F":
         return without_graph(forward)
-    gradient = torch.randn_like(without_graph(forward)())
+    gradient = torch.randn_like(inputs[0])
     return lambda: torch.autograd.grad(forward(), inputs, gradient)
 
 

@@ -27,7 +27,7 @@ def assumptions(step: Step) -> list[str]:
             if moe is not None and moe.router.kind == "hash" and kind == "balanced":
                 kind = "of the hash router's table under Zipf's law"
             stated.append(f"expert load {kind}: one expert group stands for all {groups} of a stage")
-        if scenario.parallelism.expert > 1 and not scenario.routing.pad_to_capacity:
+        if scenario.parallelism.expert > 1 and scenario.routing.merges:
             stated.append("a token travels once to each node and rank that holds its experts (DeepEP-type dispatch)")
         if load.dropped_fraction > 0.0:
             stated.append("MFU counts dropped assignments as done; HFU does not")

@@ -211,7 +211,7 @@ def all_to_all_bytes_per_token(scenario: Scenario, layout: Layout, load: ExpertL
     size = 2.0 * (ELEMENT_BYTES[precision.dispatch] + ELEMENT_BYTES[precision.combine]) * scenario.model.hidden_size
     volume = float(load.computed.sum()) / max(1.0, float(load.assigned.sum()))
     tiers = scenario.cluster.profile.tiers
-    copies = load.copies_by_tier(moe, layout.spans["expert"].ways, merged=not scenario.routing.pad_to_capacity)
+    copies = load.copies_by_tier(moe, layout.spans["expert"].ways, merged=scenario.routing.merges)
     return Ledger({tiers[index].name: number * size * volume * layers for index, number in copies})
 
 

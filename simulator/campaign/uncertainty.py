@@ -95,10 +95,12 @@ def interval(scenario: Scenario, value: float) -> tuple[float, float] | None:
     return None if found is None else (value * found[0], value * found[1])
 
 
-def coverage(evidence: tuple[SignedError, ...]) -> tuple[int, int]:
-    """Layouts whose measurement lies in the interval that all others give, and layouts asked."""
+def coverage(evidence: tuple[SignedError, ...], layouts: frozenset[str] | None = None) -> tuple[int, int]:
+    """Layouts whose measurement lies in the interval that all others give, and layouts asked; of some layouts only."""
     inside = asked = 0
     for each in evidence:
+        if layouts is not None and each.layout not in layouts:
+            continue
         found = factors(each, tuple(other for other in evidence if other.layout != each.layout))
         if found is not None:
             asked += 1

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def calibrate(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Hardware profile to write.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes: about 2 minutes instead of 10.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes: about 3 minutes instead of 10.")] = False,
     gpu: Annotated[bool, typer.Option("--gpu", help="Measure the GPU instead of one CPU core.")] = False,
     records: Annotated[
         Path | None,

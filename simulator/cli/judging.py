@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,12 +38,16 @@ def validate(
     write: Annotated[
         bool, typer.Option("--write", help="With --runs: write docs/accuracy.md and the errors behind intervals.")
     ] = False,
+    ablation: Annotated[
+        bool, typer.Option("--ablation", help="With --runs: errors without curves, overlap, skew and stack term.")
+    ] = False,
     json_: JsonOption = False,
     engine: Annotated[
         Engine | None, typer.Option(help="With --runs; default: events for MoE, max-plus for dense runs.")
     ] = None,
 ) -> None:
     """Hold the simulator against what is known: papers, exact oracles, published runs; all when none is named."""
+    runs = runs or ablation
     everything = not (routing or events or runs or only or calibration or live)
     if figure is not None and not calibration:
         raise errors.invalid("draws recorded timings; add --calibration", path="--figure")
@@ -68,10 +72,15 @@ def validate(
             checks += found
             summaries["events"] = counted_events(found)
     if runs or only or everything:
+        parts: dict[str, dict[str, Any]] = {}
         with working("judging published runs"):
-            found = _runs(only or (), engine, close=close, write=write)
-            checks += found
-            summaries["runs"] = _runs_summary(found)
+            if ablation:
+                parts = _ablation()
+            found = _runs(only or (), engine, close=close, write=write, ablation=parts)
+        checks += found
+        summaries["runs"] = _runs_summary(found)
+        if parts:
+            summaries["ablation"] = parts
     if calibration or everything:
         found = _calibration(figure)
         checks += found
@@ -88,13 +97,20 @@ def validate(
 
         of_runs = [check for check in checks if check["group"] in ("runs", "contrasts")]
         if of_runs:
-            show(runs_view(of_runs, summaries["runs"]))
+            show(runs_view(of_runs, summaries["runs"], summaries.get("ablation", {})))
         if others := [check for check in checks if check not in of_runs]:
             show(checks_view(others))
     raise typer.Exit(1 if any(check["ok"] is False for check in checks) else 0)
 
 
-def _runs(only: Sequence[str], engine: Engine | None, *, close: bool, write: bool) -> list[dict[str, Any]]:
+def _runs(
+    only: Sequence[str],
+    engine: Engine | None,
+    *,
+    close: bool,
+    write: bool,
+    ablation: Mapping[str, Mapping[str, float]],
+) -> list[dict[str, Any]]:
     """Published runs, and where they are written down."""
     from validation.accuracy import judge, summary
     from validation.evidence import sources
@@ -109,9 +125,15 @@ def _runs(only: Sequence[str], engine: Engine | None, *, close: bool, write: boo
     if write:
         from validation.accuracy_page import write as write_page
 
-        for path in write_page(found, summary(found)):
+        for path in write_page(found, summary(found), ablation):
             note(f"wrote {path}")
     return found
+
+
+def _ablation() -> dict[str, dict[str, Any]]:
+    from validation.ablation import ablations
+
+    return ablations()
 
 
 def _runs_summary(checks: list[dict[str, Any]]) -> dict[str, Any]:

@@ -14,8 +14,12 @@ Check = Mapping[str, Any]
 MISSES = 10
 
 
-def runs_view(checks: Sequence[Check], summary: Mapping[str, Mapping[str, Any]]) -> RenderableType:
-    """All of ``moesim validate --runs``."""
+def runs_view(
+    checks: Sequence[Check],
+    summary: Mapping[str, Mapping[str, Any]],
+    ablation: Mapping[str, Mapping[str, float]] | None = None,
+) -> RenderableType:
+    """All of ``moesim validate --runs``; ``ablation``: errors without parts of the physics, by family."""
     timed = [check for check in checks if check["time_error_percent"] is not None]
     memory = [check for check in checks if check["group"] == "runs" and _is_memory(check)]
     parts: list[RenderableType] = [_families(summary)]
@@ -27,6 +31,8 @@ def runs_view(checks: Sequence[Check], summary: Mapping[str, Mapping[str, Any]])
         parts.append(_contrasts(contrasts))
     if memory:
         parts.append(_rows("Memory", memory))
+    if ablation:
+        parts.append(_without(ablation))
     missed = sorted((check for check in timed if check["ok"] is False), key=_distance, reverse=True)[:MISSES]
     if missed:
         parts.append(_rows(f"The {len(missed)} worst misses", missed))
@@ -37,6 +43,13 @@ def runs_view(checks: Sequence[Check], summary: Mapping[str, Mapping[str, Any]])
     judged = sum(check["ok"] is not None for check in checks)
     parts.append(Text(f"{met} of {judged} are met; all rows: --json"))
     return Group(*parts)
+
+
+def _without(ablation: Mapping[str, Mapping[str, float]]) -> RenderableType:
+    names = list(dict.fromkeys(part for row in ablation.values() for part in row))
+    rows = [(family, *(_percent(row.get(name)) for name in names)) for family, row in ablation.items()]
+    heads = ("family", *(name if name == "full" else f"without {name}" for name in names))
+    return pairs_table("MAPE of complete rows without parts of the physics", rows, *heads)
 
 
 def _families(summary: Mapping[str, Mapping[str, Any]]) -> RenderableType:

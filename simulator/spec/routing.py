@@ -177,6 +177,12 @@ class Routing(Contract):
         default="gather",
     )
     pad_to_capacity: Flag = described("Padded slots are computed and sent.", example=True, default=False)
+    merge_copies: Flag = described(
+        "One copy of a token goes to each node and each rank that holds any of its experts, as in DeepEP; else one to "
+        "every expert, as in an all-to-all of permuted rows (Megatron-Core's default). Padded slots never merge.",
+        example=False,
+        default=True,
+    )
     overflow: Literal["drop", "reroute", "none"] = described(
         "Assignments over capacity: dropped to the residual path, moved to experts with room, or kept.",
         example="drop",
@@ -206,3 +212,8 @@ class Routing(Contract):
     )
     placement: Placement = described("Experts on ranks.", example={"kind": "balanced"}, default=Placement)
     seed: WholeOrZero = described("Seed of the random draws.", example=0, default=0)
+
+    @property
+    def merges(self) -> bool:
+        """Whether copies of a token that go to one place travel as one."""
+        return self.merge_copies and not self.pad_to_capacity

@@ -140,8 +140,7 @@ class Pricer:
         moe = self.scenario.model.moe
         assert moe is not None  # only MoE layers exchange tokens
         assert self.load is not None
-        merged = not self.scenario.routing.pad_to_capacity
-        return self.load.copies_by_tier(moe, self.layout.spans["expert"].ways, merged=merged)
+        return self.load.copies_by_tier(moe, self.layout.spans["expert"].ways, merged=self.scenario.routing.merges)
 
     # --- communication ------------------------------------------------------------------------------------------------
 

@@ -26,19 +26,16 @@ def dense_ffn_ops(model: Model, family: str, size: int, item: str) -> Iterator[O
 
 
 def _ffn_ops(
-    family: str, item: str, width: int, size: int, *, gated: bool, bias: bool, keeps_input: bool = True
+    family: str, item: str, width: int, size: int, *, gated: bool, bias: bool, cast: bool = False
 ) -> Iterator[Op]:
+    """``cast``: the router keeps the input in the format of the residual stream; the up-projection's own is a cast."""
     inner = (2 if gated else 1) * size
-    kept = (
-        (Saved(f"{family} input", width, "saved_activations", "sequence", dropped_by=frozenset({"norm"})),)
-        if keeps_input
-        else ()
-    )
+    kept = Saved(f"{family} input", width, "saved_activations", "sequence", dropped_by=frozenset({"norm"}), cast=cast)
     hidden = Saved(f"{family} pre-activation", inner, "saved_activations", "tensor", dropped_by=frozenset({item}))
     output = Saved(
         f"{family} activation", size, "saved_activations", "tensor", dropped_by=frozenset({item, "activation"})
     )
-    yield Gemm(f"{family} up", family, kept, frozenset({item}), n=inner, k=width, split="column", bias=bias)
+    yield Gemm(f"{family} up", family, (kept,), frozenset({item}), n=inner, k=width, split="column", bias=bias)
     yield MemoryOp(
         f"{family} activation",
         family,
@@ -56,7 +53,7 @@ def expert_ops(model: Model, mask: Mask | None = None) -> Iterator[Op]:
     assert moe is not None  # a law of the scenario
     if moe.router.kind != "hash":
         logits = Saved("router logits", moe.experts, "router", "sequence")
-        kept = Saved("router and expert input", width, "saved_activations", "sequence", dropped_by=frozenset({"norm"}))
+        kept = Saved("router and expert input", width, "residual", "sequence", dropped_by=frozenset({"norm"}))
         yield MemoryOp("router input", "router", (kept, logits))
         yield from _router(model)
     yield MemoryOp("top-k", "router", elements=2.0 * moe.experts, kind="routing", role="router")
@@ -65,7 +62,7 @@ def expert_ops(model: Model, mask: Mask | None = None) -> Iterator[Op]:
     if moe.shared_experts:
         yield Collective("shared_expert enter", "tensor", group="tensor", kind="enter", elements=width)
         yield from _ffn_ops(
-            "shared_expert", "expert_ffn", width, moe.shared_ffn_size, gated=moe.gated, bias=False, keeps_input=False
+            "shared_expert", "expert_ffn", width, moe.shared_ffn_size, gated=moe.gated, bias=False, cast=True
         )
         yield Collective("shared_expert exit", "tensor", group="tensor", kind="exit", elements=width, last=True)
         if moe.shared_expert_gate:
@@ -136,7 +133,7 @@ def _routed(model: Model) -> Iterator[Op]:
     assert moe is not None
     size, inner = moe.expert_ffn_size, (2 if moe.gated else 1) * moe.expert_ffn_size
     item, bias = frozenset({"expert_ffn"}), "ffn" in model.biases
-    tokens = Saved("dispatched tokens", width, "dispatch", "none", "received")
+    tokens = Saved("dispatched tokens", width, "saved_activations", "none", "received")
     hidden = Saved("expert pre-activation", inner, "saved_activations", "tensor", "received", item)
     output = Saved("expert activation", size, "saved_activations", "tensor", "received", item | {"activation"})
     yield Collective("expert enter", "tensor", group="expert_tensor", kind="enter", elements=width, role="dispatch")

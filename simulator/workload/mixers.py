@@ -75,6 +75,7 @@ def _latent_projections(model: Model, mixer: Mixer) -> Iterator[Op]:
     rank, latent = mixer.query_rank, (mixer.key_value_rank or 0)
     nope, rope, value = mixer.nope_head_dim or 0, mixer.rope_head_dim or 0, mixer.value_dim
     kept = Saved("qkv input", width, "saved_activations", "sequence", dropped_by=frozenset({"norm"}))
+    own = Saved("query input", width, "saved_activations", "sequence", dropped_by=frozenset({"norm"}), cast=True)
     again = frozenset({"mla_up_projection", "attention"})
 
     def latent_norm(name: str, size: int) -> MemoryOp:
@@ -103,7 +104,7 @@ def _latent_projections(model: Model, mixer: Mixer) -> Iterator[Op]:
         yield Gemm(
             "query",
             "attention",
-            (),
+            (own,),
             frozenset({"attention"}),
             n=heads * mixer.qk_dim,
             k=width,
@@ -111,7 +112,7 @@ def _latent_projections(model: Model, mixer: Mixer) -> Iterator[Op]:
             shares_input=True,
         )
     else:
-        yield Gemm("query down", "attention", (), frozenset({"attention"}), n=rank, k=width, shares_input=True)
+        yield Gemm("query down", "attention", (own,), frozenset({"attention"}), n=rank, k=width, shares_input=True)
         yield latent_norm("query", rank)
         yield enter("query latent", rank)
         yield up("query", rank, heads * mixer.qk_dim)

@@ -25,6 +25,8 @@ class Saved:
 
     ``elements`` per row; ``shard``: divided over tensor-parallel ranks always ("tensor"), only under sequence
     parallelism ("sequence"), or never ("none"). ``dropped_by``: recompute items that make keeping it needless.
+    ``cast``: a product's own copy of a tensor that is kept anyway, held only where the product casts its input to
+    another format than that of the residual stream.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Saved:
     shard: Literal["tensor", "sequence", "none"]
     rows: Rows = "tokens"
     dropped_by: frozenset[str] = NONE
+    cast: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from simulator.campaign import uncertainty
-from validation.accuracy import baseline, judge, summary
+from validation.accuracy import baseline, judge, release_spread, summary
 from validation.accuracy_page import PAGE, fingerprints
 from validation.evidence import sources
 from validation.predictions import predict
@@ -46,6 +46,30 @@ def test_speeds_and_times_of_one_run_err_by_the_same_factor() -> None:
     assert (1.0 + step / 100.0) * (1.0 + mfu / 100.0) == pytest.approx(1.0, abs=0.005)
     assert [check["time_error_percent"] is not None for check in found.values()].count(True) == 1
     assert summary(list(found.values()))["deepseek-v3-h800"]["layouts"] == 1
+
+
+def test_an_incomplete_row_is_met_inside_its_range_and_says_how_wide_it_is() -> None:
+    """Its range holds what every swept value gives, and the width is that of the range."""
+    rows = [check for check in judge(["llama3-405b", "bloom"]) if check["time_error_percent"] is not None]
+
+    assert len(rows) >= 2
+    for row in rows:
+        low, high = row["range"]
+        assert row["ok"] == (low <= row["expected"] <= high)
+        assert low < row["reached"] < high
+        assert row["range_width_percent"] == pytest.approx(100.0 * (high / low - 1.0))
+        assert 0.0 < sum(row["terms_percent"].values()) <= 100.0
+
+
+def test_one_layout_under_two_releases_tells_how_far_reality_lies_apart() -> None:
+    row = {"group": "runs", "layout": "s/a", "time_error_percent": 0.0, "reached": 5.0}
+    checks = [
+        row | {"name": "s/1: step_time_s", "expected": 10.0},
+        row | {"name": "s/2: step_time_s", "expected": 12.0},
+        row | {"name": "s/3: step_time_s", "expected": 99.0, "reached": 6.0},  # another prediction: not the same run
+    ]
+
+    assert release_spread(checks) == {"s/a: step_time_s": pytest.approx(20.0)}
 
 
 def test_a_baseline_has_never_seen_its_own_row() -> None:

@@ -8,7 +8,19 @@ import pytest
 from simulator.campaign import simulate_step
 from simulator.spec import load_scenario
 from validation.long_steps import Played
-from validation.stack import GAPS, ISSUES_S, Observation, Response, StackTerm, fitted, of_the_others, response
+from validation.stack import (
+    GAPS,
+    ISSUES_S,
+    LEAST_LAYOUTS,
+    Observation,
+    Response,
+    StackTerm,
+    fitted,
+    of_the_others,
+    own_gap,
+    response,
+    spread_of_the_others,
+)
 
 
 def linear(issue_bound: float = 0.0) -> Response:
@@ -51,10 +63,29 @@ def test_a_layout_has_no_say_in_its_own_numbers() -> None:
 
 
 def test_too_few_layouts_give_no_numbers() -> None:
-    some = [Observation("stack", f"layout {number}", 0.0, linear()) for number in range(3)]
+    some = [Observation("stack", f"layout {number}", 0.0, linear()) for number in range(LEAST_LAYOUTS)]
 
-    assert fitted(some[:2], issues=False) is None
-    assert of_the_others(some, issues=False) == {f"layout {number}": None for number in range(3)}
+    assert fitted(some[1:], issues=False) is None
+    assert of_the_others(some, issues=False) == {each.layout: None for each in some}
+    assert spread_of_the_others(some, issues=False) == {each.layout: None for each in some}
+
+
+def test_the_spread_of_a_stack_is_that_of_the_other_layouts() -> None:
+    """Layouts that took gaps of 0.00 to 0.50: those left over, from their 10th to their 90th part in a hundred."""
+    answer = linear()
+    some = [
+        Observation("stack", f"layout {number:02}", -float(np.log(answer.factor(StackTerm(gap, None)))), answer)
+        for number, gap in enumerate(np.linspace(0.0, 0.5, 51))
+    ]
+
+    found = spread_of_the_others(some, issues=False)
+    spread, of_first = found["layout 25"], found["layout 00"]
+
+    assert [own_gap([each], None) for each in some[:3]] == pytest.approx([0.0, 0.01, 0.02], abs=0.006)
+    assert spread is not None
+    assert (spread[0].gap, spread[1].gap) == pytest.approx((0.05, 0.45), abs=0.01)
+    assert of_first is not None
+    assert of_first[0].gap > spread[0].gap  # it has no say in its own
 
 
 def test_shuffled_measurements_destroy_the_fit() -> None:

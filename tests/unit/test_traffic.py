@@ -9,6 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from simulator.campaign.result import all_to_all_bytes_per_token
+from simulator.layout import resolve
+from simulator.routing import expert_load
 from simulator.routing.placement import balanced, contiguous
 from simulator.routing.traffic import (
     copies,
@@ -22,7 +25,7 @@ from simulator.routing.traffic import (
     sampled_picks,
     send_matrix,
 )
-from simulator.spec import load_model
+from simulator.spec import load_model, load_scenario
 from simulator.spec.fields import ELEMENT_BYTES
 
 V3: dict[str, Any] = {"groups": 8, "limit": 4, "score": "top2_sum"}
@@ -239,3 +242,21 @@ def test_padded_slots_travel_one_by_one() -> None:
     assert found[8, 1] == pytest.approx({0: 2 * 7 / 8})
     assert found[4, 2] == pytest.approx(expected)
     assert dict(copies_by_tier(moe, (4, 2), merged=False)) == {0: 2 * 3 / 4, 1: 2 / 2}
+
+
+def test_copies_that_are_not_merged_cost_a_choice_each() -> None:
+    """OLMoE on two nodes: 8 choices send 8 x 1/2 copies over the network, merged ones at most one."""
+
+    def network(**changes: object) -> float:
+        scenario = load_scenario(
+            "quickstart", {"cluster.accelerators": 16, "parallelism.expert": 16, **changes}, label="test"
+        )
+        layout = resolve(scenario)
+        sent = dict(all_to_all_bytes_per_token(scenario, layout, expert_load(scenario, layout)))
+        return sent["infiniband"]
+
+    separate = network(**{"routing.merge_copies": False})
+
+    assert separate == pytest.approx(16 * 4 * 2 * 2048 * 8 / 2)  # layers, exchanges, bytes, width, copies
+    assert network() < separate / 4
+    assert network(**{"routing.capacity_factor": 1.0, "routing.pad_to_capacity": True}) == pytest.approx(separate)
