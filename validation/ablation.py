@@ -52,7 +52,12 @@ def without(part: Part, scenario: Scenario) -> Scenario:
     if part == "curves":
         profile = scenario.cluster.profile
         stacks = {
-            name: stack.model_copy(update={"attention": {kind: _flat(c) for kind, c in stack.attention.items()}})
+            name: stack.model_copy(
+                update={
+                    "attention": {kind: _flat(curve) for kind, curve in stack.attention.items()},
+                    "grouped_gemm": {form: _flat(curve) for form, curve in stack.grouped_gemm.items()},
+                }
+            )
             for name, stack in profile.stacks.items()
         }
         flat = profile.model_copy(update={"kernels": flattened(profile.kernels), "stacks": stacks})

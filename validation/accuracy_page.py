@@ -112,7 +112,7 @@ def _families(summary: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     )
     yield ""
     yield "Constant MFU: what the mean MFU of the family's other layouts gives. Inside range: incomplete rows whose"
-    yield "measurement lies inside the predictions over all swept values and over the middle 80 % of the stack terms of"
+    yield "measurement lies inside the predictions over all swept values and over the middle half of the stack terms of"
     yield "the other layouts, with the median width of that range. In interval: see below."
 
 

@@ -28,6 +28,9 @@ FloatArray = npt.NDArray[np.float64]
 LEAST_LAYOUTS = 2
 """Other layouts that a fit needs; with fewer, the numbers of the profile stand."""
 
+MIDDLE = (0.25, 0.75)
+"""Shares of the other layouts' own gaps between which a stack's spread lies."""
+
 GAPS = (0.0, 0.4)
 ISSUES_S = (0.0, 40e-6, 100e-6, 200e-6)
 """Values at which the response of a step is told; between them it is linear, beyond the gaps too."""
@@ -133,7 +136,7 @@ def spread_of_the_others(observations: Sequence[Observation], *, issues: bool) -
     """For every layout of one stack, how far the gaps lie apart that the other layouts would have each on its own.
 
     What an incomplete source leaves out of its software (release, options, tuning) is within this spread: the middle
-    80 % of the other layouts' own gaps, at the issue time that fits all of them.
+    half of the other layouts' own gaps, at the issue time that fits all of them.
     """
     terms = of_the_others(observations, issues=issues)
     by_layout: dict[str, list[Observation]] = defaultdict(list)
@@ -145,7 +148,7 @@ def spread_of_the_others(observations: Sequence[Observation], *, issues: bool) -
             found[layout] = None
             continue
         own = [own_gap(some, term.issue_s) for other, some in by_layout.items() if other != layout]
-        low, high = np.quantile(own, [0.1, 0.9])
+        low, high = np.quantile(own, MIDDLE)
         found[layout] = StackTerm(min(low, term.gap), term.issue_s), StackTerm(max(high, term.gap), term.issue_s)
     return found
 

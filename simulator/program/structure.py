@@ -171,13 +171,9 @@ class Draft:
 
     def finish(self) -> Program:
         """Close the draft: sort by number, add the in-order rule of every stream, drop duplicates."""
-        if self._single:
-            self._columns.append(tuple(np.array(self._single, dtype=np.int64).T))
-        if self._waits:
-            ops, needs = np.array(self._waits, dtype=np.int64).T
-            self.depend(ops, needs)
+        single = np.array(self._single, dtype=np.int64).reshape(-1, 7)
         number, rank, stream, cls, microbatch, stage, label = (
-            np.concatenate(column) for column in zip(*self._columns, strict=True)
+            np.concatenate(column) for column in zip(*self._columns, tuple(single.T), strict=True)
         )
         order = np.argsort(number)
         rank, stream, cls, microbatch, stage, label = (
@@ -185,15 +181,11 @@ class Draft:
         )
         queue = np.lexsort((np.arange(self.count), stream, rank))
         same = (rank[queue][1:] == rank[queue][:-1]) & (stream[queue][1:] == stream[queue][:-1])
-        self.depend(queue[1:][same], queue[:-1][same])
-        ops, needs = (
-            (np.concatenate(side) for side in zip(*self._pairs, strict=True))
-            if self._pairs
-            else (np.array([], int),) * 2
-        )
+        waits = np.array(self._waits, dtype=np.int64).reshape(-1, 2)
+        pairs = [*self._pairs, (waits[:, 0], waits[:, 1]), (queue[1:][same], queue[:-1][same])]
+        ops, needs = (np.concatenate(side) for side in zip(*pairs, strict=True))
         keys = np.sort(ops * self.count + needs)  # np.unique hashes, several times as slow
-        keys = keys[np.concatenate([[True], keys[1:] != keys[:-1]])] if len(keys) else keys
-        ops, needs = np.divmod(keys, self.count) if len(keys) else (keys, keys)
+        ops, needs = np.divmod(keys[np.diff(keys, prepend=-1) > 0], max(1, self.count))
         start = np.concatenate([[0], np.cumsum(np.bincount(ops, minlength=self.count))])
         return Program(
             self.ranks,

@@ -164,9 +164,29 @@ MEMORY: dict[str, Meaning] = {
         "arXiv 2205.05198",
     ),
     "exchange_buffers": Meaning(
-        "Tokens before and after an expert exchange.", "sent and received rows x width x bytes"
+        "Tokens of expert exchanges held at once: what goes into one and comes out of it; under transformer_engine, "
+        "those of both exchanges until the MoE layer ends.",
+        "(sent + received) x width x bytes; transformer_engine: (sent + 3 received) + output of the shared experts, or "
+        "2 sent + received with one expert on a rank",
+        "Megatron-LM @ 23e00ed, MoELayer.forward",
     ),
-    "logits": Meaning("Logits of one microbatch in FP32.", "vocabulary x tokens x 4 / tensor"),
+    "logits": Meaning(
+        "Logits of one microbatch, or the gradient that takes their place.",
+        "vocabulary x tokens x 4 / tensor; transformer_engine: bytes of precision.lm_head instead of 4",
+        "Megatron-LM @ 23e00ed, CrossEntropyFunction",
+    ),
+    "activation_gradients": Meaning(
+        "Gradients beside the saved tensors when a backward pass begins: that of the head's input (with the gathered "
+        "input under sequence parallelism), or those of a dense feed-forward part.",
+        "head: tokens x hidden x bytes x (2 under sequence parallelism); dense: tokens x (hidden + inner / tensor) x "
+        "bytes, hidden / tensor under sequence parallelism",
+    ),
+    "weight_gradients": Meaning(
+        "Gradients of weights on their way into the accumulated ones: that of one weight at a time; under "
+        "transformer_engine, which adds them inside the product, an empty tensor kept for each shape of weight.",
+        "largest weight x bytes of precision.weights; transformer_engine: sum over the different shapes",
+        "Transformer Engine 2.11, get_dummy_wgrad",
+    ),
     "gathered_weights": Meaning("Layers gathered at a time under ZeRO 3.", "(prefetch + 1) x largest block"),
     "recomputed_layer": Meaning(
         "What the backward pass of one layer brings back.", "all its saved tensors - those kept"
@@ -174,12 +194,23 @@ MEMORY: dict[str, Meaning] = {
 }
 
 
+_BUFFERS = (
+    "exchange_buffers",
+    "logits",
+    "activation_gradients",
+    "weight_gradients",
+    "gathered_weights",
+    "recomputed_layer",
+)
+"""Terms of the memory that are known by their whole name, not by its first word."""
+
+
 def known_terms() -> dict[str, Meaning]:
     """Every key and term that can be explained, except the families of the memory ledger."""
     return {
         **KEYS,
         **TERMS,
-        **{name: MEMORY[name] for name in ("exchange_buffers", "logits", "gathered_weights", "recomputed_layer")},
+        **{name: MEMORY[name] for name in _BUFFERS},
     }
 
 

@@ -17,6 +17,7 @@ from simulator.spec.curves import (
     AttentionCurve,
     CollectiveCurve,
     CollectiveKind,
+    GroupedGemmCurve,
     Kernels,
     leaf,
     sourced,
@@ -117,8 +118,17 @@ class Stack(Contract):
     step_overhead: Sourced[Seconds] | None = leaf(
         "Fixed time per step: data loading, logging.", "10 ms", unit="s", default=None
     )
+    memory: Literal["plain", "transformer_engine"] = described(
+        "Which tensors the software holds for a moment: those of plain autograd, or `transformer_engine`: "
+        "Megatron-Core's, with gradients of weights added inside the products and the cross entropy in place.",
+        example="transformer_engine",
+        default="plain",
+    )
     attention: dict[Literal["mha", "mla"], AttentionCurve] = described(
         "Fused attention cores of this software, where they are not those of `kernels`.", example={}, default=dict
+    )
+    grouped_gemm: dict[Literal["fp32", "bf16", "fp16", "fp8"], GroupedGemmCurve] = described(
+        "Expert products of this software, where they are not those of `kernels`.", example={}, default=dict
     )
 
 
@@ -158,10 +168,12 @@ class HardwareProfile(Contract):
 
     def under(self, stack: str) -> HardwareProfile:
         """The profile with the kernels that a software stack brings along."""
-        own = self.stacks[stack].attention
-        if not own:
+        own = self.stacks[stack]
+        if not (own.attention or own.grouped_gemm):
             return self
-        kernels = self.kernels.model_copy(update={"attention": {**self.kernels.attention, **own}})
+        attention = {**self.kernels.attention, **own.attention}
+        grouped_gemm = {**self.kernels.grouped_gemm, **own.grouped_gemm}
+        kernels = self.kernels.model_copy(update={"attention": attention, "grouped_gemm": grouped_gemm})
         return self.model_copy(update={"kernels": kernels})
 
     @model_validator(mode="after")

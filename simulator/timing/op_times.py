@@ -42,7 +42,7 @@ class OpTimes:
 
     def __post_init__(self) -> None:
         """Resolve what every time needs."""
-        self.profile = self.scenario.cluster.profile
+        self.profile = self.scenario.cluster.profile.under(self.scenario.cluster.stack_name)
         self.precision = self.scenario.training.precision
         self.tensor = self.scenario.parallelism.tensor
         self.sequence = self.tensor if self.scenario.parallelism.sequence_parallel else 1

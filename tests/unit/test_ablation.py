@@ -20,11 +20,11 @@ def test_without_curves_every_shape_runs_at_the_same_rate() -> None:
     real = Device.of(SKEWED.cluster.profile)
 
     def rates(device: Device) -> list[float]:
-        shapes = [(8192, 8192, 8192), (8192, 8192, 256), (4096, 1000, 4096)]
+        shapes = [(8192, 8192, 8192), (8192, 8192, 1024), (4096, 1000, 4096)]
         return [2.0 * m * n * k / float(gemm_seconds(device, "bf16", "F", m, n, k)) for m, n, k in shapes]
 
-    assert max(rates(flat)) / min(rates(flat)) < 1.05  # reading the operands still takes time
-    assert max(rates(real)) / min(rates(real)) > 1.15
+    assert max(rates(flat)) / min(rates(flat)) < 1.04  # reading the operands still takes time
+    assert max(rates(real)) / min(rates(real)) > 1.08
 
 
 def test_without_skew_every_expert_is_equally_likely() -> None:

@@ -84,3 +84,14 @@ def test_a_baseline_has_never_seen_its_own_row() -> None:
     assert len(errors) == 2
     assert errors[0] != 0.0
     assert sum(errors) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_every_miss_of_a_complete_run_has_its_explanation() -> None:
+    """Over 10 %: the source says which terms could explain it, and with what evidence."""
+    by_layout = {f"{each.name}/{run.layout}": (each, run) for each in sources() for run in each.runs()}
+    missed = [row["layout"] for row in RECORD["layouts"] if abs(math.expm1(row["log_error"])) > 0.1]
+
+    assert missed
+    for layout in missed:
+        source, run = by_layout[layout]
+        assert source.why(run.id), f"{layout} is over 10 % off and {source.name}.yaml has no word on it under misses"

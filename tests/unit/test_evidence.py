@@ -116,7 +116,7 @@ def test_rows_by_family() -> None:
         counts.update(run.family for run in source.runs())
     assert counts == {
         "deepseek-v3-h800": 1,
-        "moe-h100": 37,
+        "moe-h100": 48,
         "moe-b200": 5,
         "moe-b200-node": 6,
         "moe-a100": 2,
@@ -160,7 +160,7 @@ def test_speeds_that_a_source_prints_twice_agree_through_its_convention() -> Non
         if len(times) > 1:
             compared += 1
             assert max(times) / min(times) < 1.025, f"{run.source}/{run.id}"
-    assert compared == 46
+    assert compared == 51
 
 
 def test_parameter_counts_that_a_source_prints_are_those_of_our_shapes() -> None:

@@ -4,6 +4,7 @@
   parallelism, with sequence parallelism on top, with selective and with full recomputation.
 * Zhang and Su (arXiv 2502.07846, Tables 6 and 8) count DeepSeek-V3's states for one pipeline stage under ZeRO 0 to 3.
 * DeepSeek-V3 (arXiv 2412.19437, sections 3.2.3 and 3.3.3) states its formats and what it recomputes.
+* SimuMax's authors measured short models under Megatron-LM with Transformer Engine (validation/published).
 """
 
 from __future__ import annotations
@@ -243,6 +244,136 @@ def test_deepseek_v3_fits_into_80_gb_with_17_microbatches_in_flight() -> None:
     assert 55 < step.memory.peak_bytes / GIB < 76
 
 
+# Megatron-Core with Transformer Engine: what SimuMax's authors measured on 8 B200
+
+SHORT: dict[str, dict[str, Any]] = {
+    "deepseek-v3, 4 layers": {
+        "preset": "deepseek-v3",
+        "set": {"layers": 4, "moe.first_dense_layers": 1, "mtp_depth": 0},
+    },
+    "llama-3-70b, 12 layers": {
+        "preset": "llama-2-70b",
+        "set": {"layers": 12, "vocabulary_size": 128256, "context": 8192},
+    },
+}
+
+
+def short(model: str, *, stack: str = "megatron-core", profile: str = "b200", **parallelism: Any) -> Scenario:
+    """One of their runs: a microbatch of 4096 tokens in BF16, ZeRO 1, tokens padded to capacity 1."""
+    routing = {"capacity_factor": 1.0, "pad_to_capacity": True, "capacity_scope": "rank"}
+    scenario = {
+        "name": model,
+        "model": SHORT[model],
+        "cluster": {"profile": profile, "stack": stack, "accelerators": 8},
+        "parallelism": {"zero_stage": 1, "sequence_parallel": True, "overlap": [], **parallelism},
+        "training": {"tokens": "1T", "sequence_length": 4096, "global_batch_sequences": 32},
+        "cost": {"price_per_accelerator_hour": "2 USD"},
+    }
+    return load_scenario({**scenario, "routing": routing} if "deepseek" in model else scenario)
+
+
+MLA_WEIGHTS = [(1536, 7168), (576, 7168), (24576, 1536), (32768, 512), (7168, 16384)]
+EXPERT_WEIGHTS = [(4096, 7168), (7168, 2048)]
+DENSE_WEIGHTS, HEAD_WEIGHTS = [(36864, 7168), (7168, 18432)], [(129280, 7168)]
+"""Shapes of DeepSeek-V3's products; the shared expert's are those of a routed one."""
+
+
+def buffers_of(use: memory.MemoryUse) -> dict[str, float]:
+    kinds = ("weights", "gradients", "optimizer", "saved")
+    return {name: value for name, value in use.terms.items() if name.split("_")[0] not in kinds}
+
+
+def test_a_moe_layer_of_megatron_core_holds_its_tokens_four_times_at_its_end() -> None:
+    """EP8: 32768 rows before and after the dispatch, out of the experts and sorted back, 1.75 GiB; and shared outputs.
+
+    More than the head needs (0.99 GiB of logits and 0.05 of gradients). 104.3 GiB were measured.
+    """
+    use = use_of(short("deepseek-v3, 4 layers", expert=8))
+    weights = [*MLA_WEIGHTS, *EXPERT_WEIGHTS, *DENSE_WEIGHTS, *HEAD_WEIGHTS]
+
+    assert buffers_of(use) == {
+        "exchange_buffers": (4 * 32768 + 4096) * 7168 * 2.0,
+        "weight_gradients": 2.0 * sum(n * k for n, k in weights),
+    }
+    assert use.peak_bytes / GIB == pytest.approx(104.3, rel=5e-3)
+
+
+def test_one_expert_on_a_rank_needs_no_sorting() -> None:
+    """Tokens before the dispatch, outputs of the expert, outputs that came back: three times 512 tokens x top_k."""
+    one, two = (use_of(small(**{"parallelism.expert": ranks})).terms["exchange_buffers"] for ranks in (8, 4))
+
+    assert one == pytest.approx(3 * 512 * 2 * 512 * 2.0, rel=0.04)  # the busiest rank receives a little more
+    assert two == pytest.approx(4 * 512 * 2 * 512 * 2.0, rel=0.04)
+
+
+def test_the_second_of_two_stages_of_two_layers_needs_most() -> None:
+    """EP4 x PP2: the last stage has one microbatch in flight, but no second holder of its 2 x 64 experts: 114.0 GiB."""
+    scenario = short("deepseek-v3, 4 layers", expert=4, pipeline=2, layers_per_stage=[2, 2])
+    layout, use = resolve(scenario), use_of(scenario)
+    held = memory.stage_parameters(scenario, layout, layout.stages[1])
+
+    assert (layout.gradient_ranks, layout.expert_gradient_ranks) == (4, 1)
+    assert held.expert == 2 * 64 * 44_040_192
+    assert (use.rank, use.in_flight) == (1, 1.0)
+    assert use.peak_bytes / GIB == pytest.approx(114.0, rel=5e-3)
+
+
+def test_a_dense_model_needs_most_in_the_backward_pass_of_its_head() -> None:
+    """TP8: the gradient in place of the logits in BF16, the head's input gathered and its gradient before the scatter.
+
+    28.29 GiB were measured.
+    """
+    use = use_of(short("llama-3-70b, 12 layers", tensor=8))
+    weights = [(1280, 8192), (8192, 1024), (7168, 8192), (8192, 3584), (16032, 8192)]
+
+    assert buffers_of(use) == {
+        "logits": 4096 * 128256 * 2.0 / 8,
+        "activation_gradients": 2 * 4096 * 8192 * 2.0,
+        "weight_gradients": 2.0 * sum(n * k for n, k in weights),
+    }
+    assert use.peak_bytes / GIB == pytest.approx(28.29, rel=5e-3)
+
+
+def test_a_stage_without_head_needs_most_when_its_backward_pass_begins() -> None:
+    """The gradients of the feed-forward part's output and of the input of its activation."""
+    scenario = short("llama-3-70b, 12 layers", tensor=4, pipeline=2, layers_per_stage=[6, 6])
+    layout = resolve(scenario)
+    first, _ = memory.holding(scenario, layout, schedule_of(scenario, layout), None)
+
+    assert first.buffers["activation_gradients"] == 4096 * 2.0 * (8192 / 4 + 2 * 28672 / 4)
+    assert "logits" not in first.buffers
+
+
+def test_another_stack_holds_one_exchange_and_the_weight_gradient_of_the_moment() -> None:
+    """Without Transformer Engine: logits in FP32 beside the gradient of the head's weight."""
+    use = use_of(short("deepseek-v3, 4 layers", stack="pytorch-fsdp", profile="h100-sxm", expert=8))
+
+    assert buffers_of(use) == {
+        "logits": 4096 * 129280 * 4.0,
+        "activation_gradients": 4096 * 7168 * 2.0,
+        "weight_gradients": 129280 * 7168 * 2.0,
+    }
+
+
+def test_in_fp8_every_product_keeps_its_own_cast_of_a_norm_and_the_router_keeps_bf16() -> None:
+    """Norm outputs of a MoE layer: 2 x 7168 numbers in BF16; in FP8 casts for query, key and value, shared expert.
+
+    Beside the router's input: 2.5 x 7168 x 2 bytes without scales, 8.2 GiB in 15 chunks of 4 layers, as arXiv
+    2603.07685 saves (Table 4). The latents' two norms save 2048 numbers more.
+    """
+    kept = {}
+    for name, precision in (("bf16", {}), ("fp8", {"gemm": "fp8", "saved_activations": "fp8"})):
+        for recompute in ("none", ["norm"]):
+            scenario = load_scenario("deepseek-v3", {"training.precision": precision, "training.recompute": recompute})
+            layer = memory.saved_bytes(scenario, resolve(scenario), [5])
+            kept[name, str(recompute)] = layer.total / 4096
+    saved = {name: kept[name, "none"] - kept[name, "['norm']"] for name in ("bf16", "fp8")}
+
+    assert saved["bf16"] == 2.0 * (2 * 7168 + 2048)
+    assert saved["fp8"] == (1 + 4 / 128) * (3 * 7168 + 2048) + 2.0 * 7168
+    assert 60 * 4096 * (saved["fp8"] - 2048 * (1 + 4 / 128)) / GIB == pytest.approx(8.2, rel=0.03)
+
+
 # Laws
 
 
@@ -267,6 +398,7 @@ def test_the_terms_sum_to_the_peak_and_are_named() -> None:
         *(f"{state}_{group}" for state in ("weights", "gradients", "optimizer") for group in ("dense", "expert")),
         *(f"saved_{family}" for family in ("norm", "attention", "attention_core", "router", "expert")),
         "exchange_buffers",
+        "weight_gradients",
     }
 
 
