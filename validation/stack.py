@@ -91,7 +91,7 @@ def response(step: Played) -> Response:
 
     base = seconds(*of_profile)
     first = [seconds(GAPS[0], 0.0)]
-    if of_profile[1] and (most := seconds(GAPS[0], ISSUES_S[-1])) > 1.005 * first[0]:
+    if stack.issue is not None and (most := seconds(GAPS[0], ISSUES_S[-1])) > 1.005 * first[0]:
         first += [seconds(GAPS[0], issue_s) for issue_s in ISSUES_S[1:-1]] + [most]
     # Idle time between kernels and the wait for the host do not add up: the longer of the two counts.
     longer = seconds(GAPS[1], 0.0)
