@@ -246,7 +246,7 @@ def say(text: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; 0 when done or when the time is over, 2 for an input that cannot be used, 130 when interrupted."""
     parser = argparse.ArgumentParser(prog="python -m validation.measure", description="Time a suite on this machine.")
-    parser.add_argument("--suite", choices=("quick", "full", "gpu"), default="quick")
+    parser.add_argument("--suite", choices=("quick", "full", "recorded", "gpu"), default="quick")
     parser.add_argument("--out", type=Path, required=True, help="file of records, continued if it exists")
     parser.add_argument("--passes", type=int, default=2, help="separated passes over the suite")
     parser.add_argument("--limit-s", type=float, help="stop after so many seconds")

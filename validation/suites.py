@@ -1,8 +1,9 @@
-"""What is measured, and how long: ``quick`` and ``full`` on a CPU, ``gpu`` on one GPU or more.
+"""What is measured, and how long: ``quick``, ``full`` and ``recorded`` on a CPU, ``gpu`` on one GPU or more.
 
 A suite is a list of groups of cases for one process (:mod:`validation.shapes`), and of exchanges between several:
 all-to-alls that are equal, that send 60 % to one hot rank, or whose parts are exponentially distributed, and layers
-whose experts two ranks share. ``quick`` takes under 3 minutes for two passes, ``full`` under 10, ``gpu`` under 8.
+whose experts two ranks share. Two passes of ``quick`` take about 3 minutes, of ``full`` under 10, of ``gpu`` under 8;
+``recorded`` takes 20 and is that of ``validation/measured``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from validation.shapes import (
     steps,
 )
 
-Name = Literal["quick", "full", "gpu"]
+Name = Literal["quick", "full", "recorded", "gpu"]
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
 """glibc keeps freed memory, so that no case pays for fresh pages."""
 
@@ -78,6 +79,10 @@ def suite(name: Name, *, devices: int = 1) -> Suite:
         groups = [*layers(9, 1, 1.5e9), *attentions(4, 2, 1024), *steps(("b", "c"), (1, 2, 4), (1.0,))]
         together = distributed((2,), "gloo", 24, cpu_exchanged(3))
         return Suite("cpu", groups, together, Effort(0.02, 5, 0.2), Effort(0.05, 10, 0.3))
+    if name == "full":
+        groups = [*layers(15, 1, MAX_FLOP), *attentions(8, 2, 2048), *steps(("b", "c"), (1, 2, 4), (1.0, 2.0))]
+        together = distributed((2, 3), "gloo", 26, cpu_exchanged(4))
+        return Suite("cpu", groups, together, Effort(0.03, 5, 0.4), Effort(0.2, 20, 0.5))
     groups = [*layers(28, 1, MAX_FLOP), *attentions(16, 2, 2048), *steps(tuple(MODELS), (1, 2, 4), (1.0, 1.5, 2.0))]
     groups += layers(4, 3, 4e9, form="bf16")
     together = distributed((2, 3, 4), "gloo", 26, cpu_exchanged(8))
