@@ -81,7 +81,8 @@ def suite(name: Name, *, devices: int = 1) -> Suite:
         return Suite("cpu", groups, together, Effort(0.02, 5, 0.2), Effort(0.05, 10, 0.3))
     if name == "full":
         groups = [*layers(15, 1, MAX_FLOP), *attentions(8, 2, 2048), *steps(("b", "c"), (1, 2, 4), (1.0, 2.0))]
-        together = distributed((2, 3), "gloo", 26, cpu_exchanged(4))
+        groups += layers(1, 3, 4e9, form="bf16")
+        together = distributed((2, 3, 4), "gloo", 26, cpu_exchanged(4))
         return Suite("cpu", groups, together, Effort(0.03, 5, 0.4), Effort(0.2, 20, 0.5))
     groups = [*layers(28, 1, MAX_FLOP), *attentions(16, 2, 2048), *steps(tuple(MODELS), (1, 2, 4), (1.0, 1.5, 2.0))]
     groups += layers(4, 3, 4e9, form="bf16")

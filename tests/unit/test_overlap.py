@@ -322,7 +322,11 @@ def test_a_ring_passes_every_block_once_and_its_gradients_home(recompute: Any) -
     [
         ("mixtral-8x22b", "tensor", {}),
         ("quickstart", "context", {"parallelism_context": 4}),
-        ("quickstart", "context", {"parallelism_context": 8, "training_recompute": "full"}),
+        (  # sequences enough that no piece waits for its issue
+            "quickstart",
+            "context",
+            {"parallelism_context": 8, "training_micro_batch_sequences": 4, "training_recompute": "full"},
+        ),
     ],
 )
 def test_hiding_a_collective_under_its_neighbour_helps(tree: str, name: str, changes: dict[str, Any]) -> None:

@@ -89,7 +89,7 @@ def test_the_trace_holds_every_op_of_a_lane_in_order_and_ends_with_it(result: Tr
     last = max(event["ts"] + event["dur"] for event in slices)
     takes_time = timeline.end[:, 0] > timeline.start[:, 0]
     assert last == pytest.approx(1e6 * timeline.end[takes_time, 0].max(), abs=0.01)
-    assert last <= 1e6 * timeline.step_s
+    assert last <= 1e6 * timeline.step_s + 5e-4  # rounded to nanoseconds
     busy = sum(event["dur"] for event in slices if event["cat"] == "compute") / 1e6
     ops = timeline.program.stream == COMPUTE
     assert busy == pytest.approx(float((timeline.end - timeline.start)[ops, 0].sum()), rel=1e-6)
