@@ -23,6 +23,7 @@ from simulator.spec import Scenario
 from simulator.spec.curves import Kernels
 from simulator.spec.routing import BalancedLoad
 from validation.evidence import sources
+from validation.families import AT_SCALE
 from validation.predictions import Prediction, as_the_others_say, predict, timed
 from validation.stack import StackTerm
 
@@ -126,7 +127,7 @@ def _errors(predictions: Sequence[Prediction]) -> Mapping[str, float]:
             continue
         families = [each.run.family]
         if each.is_moe and each.accelerators >= 64:
-            families.append("MoE at 64 or more accelerators")
+            families.append(AT_SCALE)
         for family in families:
             by_family[family][each.layout].append(abs(point.step_s / point.published_s - 1.0))
     return {

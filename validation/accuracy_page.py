@@ -19,8 +19,8 @@ from scipy.stats import binomtest
 
 from simulator.campaign import uncertainty
 from simulator.campaign.uncertainty import SignedError
-from validation.accuracy import release_spread, signed_errors
 from validation.evidence import FOLDER, sources
+from validation.families import release_spread, signed_errors
 
 ROOT = Path(__file__).parent.parent
 PAGE, FIGURE = ROOT / "docs" / "accuracy.md", ROOT / "docs" / "accuracy.svg"

@@ -112,8 +112,9 @@ def _runs(
     ablation: Mapping[str, Mapping[str, float]],
 ) -> list[dict[str, Any]]:
     """Published runs, and where they are written down."""
-    from validation.accuracy import judge, summary
+    from validation.accuracy import judge
     from validation.evidence import sources
+    from validation.families import summary
 
     known = [source.name for source in sources()]
     for name in only:
@@ -137,7 +138,7 @@ def _ablation() -> dict[str, dict[str, Any]]:
 
 
 def _runs_summary(checks: list[dict[str, Any]]) -> dict[str, Any]:
-    from validation.accuracy import summary
+    from validation.families import summary
 
     return summary(checks)
 

@@ -8,9 +8,10 @@ import math
 import pytest
 
 from simulator.campaign import uncertainty
-from validation.accuracy import baseline, judge, release_spread, summary
+from validation.accuracy import baseline, judge
 from validation.accuracy_page import PAGE, fingerprints
 from validation.evidence import sources
+from validation.families import release_spread, summary
 from validation.predictions import predict
 from validation.stack import StackTerm
 
