@@ -36,7 +36,10 @@ def validate(
         bool, typer.Option("--close", help="With --runs: also the layouts set aside for the last prediction.")
     ] = False,
     write: Annotated[
-        bool, typer.Option("--write", help="With --runs: write docs/accuracy.md and the errors behind intervals.")
+        bool,
+        typer.Option(
+            "--write", help="With --runs and --ablation: write docs/accuracy.md and the errors behind intervals."
+        ),
     ] = False,
     ablation: Annotated[
         bool, typer.Option("--ablation", help="With --runs: errors without curves, overlap, skew and stack term.")
@@ -53,6 +56,8 @@ def validate(
         raise errors.invalid("draws recorded timings; add --calibration", path="--figure")
     if profile is not None and not live:
         raise errors.invalid("is that of this machine; add --live", path="--profile")
+    if ablation and only:
+        raise errors.invalid("judges all complete runs: leave out --only", path="--ablation")
     checks: list[dict[str, Any]] = []
     summaries: dict[str, Any] = {}
     if routing or everything:
@@ -74,7 +79,7 @@ def validate(
     if runs or only or everything:
         parts: dict[str, dict[str, Any]] = {}
         with working("judging published runs"):
-            if ablation:
+            if ablation or write:  # the page holds it too
                 parts = _ablation()
             found = _runs(only or (), engine, close=close, write=write, ablation=parts)
         checks += found
