@@ -30,7 +30,7 @@ from simulator.program.segments import Segments
 from simulator.program.structure import Draft
 from simulator.program.template import BACKWARD_INPUT, FORWARD_INPUT, Shape
 from simulator.spec.scenario import Scenario
-from simulator.timing.classes import Compute, Exchange
+from simulator.timing.classes import Beside, Compute, Exchange
 from simulator.timing.kernels import Pass
 
 _SHAPES: tuple[Shape, Shape] = ("dispatch", "combine")
@@ -124,13 +124,13 @@ class Chunk(Segments):
             self.weigh(phase.beside, None)
         return result
 
-    def part_of(self, phase: Phase, shape: Shape) -> tuple[Exchange, ...]:
+    def part_of(self, phase: Phase, shape: Shape) -> tuple[Beside, ...]:
         """One part of an exchange, as compute meets it."""
         op = phase.dispatch if shape == "dispatch" else phase.combine
-        return (Exchange(shape, op, phase.stack, phase.layer, True, self.parts),) if op is not None else ()
+        return () if op is None else (Beside(Exchange(shape, op, phase.stack, phase.layer, True, self.parts)),)
 
     def experts(
-        self, phase: Phase, which: Pass, after: list[int], side: int, beside: tuple[Exchange, ...] = ()
+        self, phase: Phase, which: Pass, after: list[int], side: int, beside: tuple[Beside, ...] = ()
     ) -> list[int]:
         """The expert part of a layer, with the collectives of expert-tensor parallelism around it."""
         if which == "I":

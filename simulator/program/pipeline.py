@@ -129,11 +129,10 @@ def _template(
         interleave(chunk.forward(works[step.stage]))
     else:
         interleave(_backward(chunk, works, step))
-    template = chunk.template
-    if not template.streams:  # a stage whose W is empty
+    if not chunk.template.streams:  # a stage whose W is empty
         chunk.close(1, [BACKWARD_INPUT])
-        template.entries[BACKWARD_INPUT].clear()
-    return template
+        chunk.template.entries[BACKWARD_INPUT].clear()
+    return chunk.finish()
 
 
 def _backward(chunk: Chunk, works: list[StageWork], action: Action) -> Iterator[None]:

@@ -21,7 +21,7 @@ from simulator.program import sharding
 from simulator.program.layer import Entry, collective_of, has_work, runs
 from simulator.program.structure import GRADIENT
 from simulator.program.template import Writer
-from simulator.timing.classes import Compute, Exchange
+from simulator.timing.classes import Beside, Compute
 from simulator.timing.kernels import Pass
 from simulator.workload.ops import Collective, Gemm, GroupedGemm
 
@@ -88,7 +88,7 @@ class Segments(Writer):
             self.weigh(entries, None)
 
     def weigh(
-        self, entries: Sequence[Entry], layer: int | None, parts: int = 1, beside: tuple[Exchange, ...] = ()
+        self, entries: Sequence[Entry], layer: int | None, parts: int = 1, beside: tuple[Beside, ...] = ()
     ) -> None:
         """Gradients of the weights of a stretch, and their reduction where it is due."""
         items = tuple(entry.item for entry in entries if isinstance(entry.item.op, Gemm | GroupedGemm))

@@ -7,6 +7,7 @@ overlap waits for the last compute op and is waited for by the next.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -19,7 +20,7 @@ from simulator.program import sharding
 from simulator.program.layer import Entry, Phase
 from simulator.program.structure import COMPUTE, CONTEXT, EXPERT, PARAMETER, TENSOR, Draft, IntArray
 from simulator.spec.scenario import Scenario
-from simulator.timing.classes import Compute, Exchange, Fixed, OpClass, Region
+from simulator.timing.classes import Beside, Compute, Exchange, Fixed, OpClass, Region
 from simulator.workload.ops import Collective
 
 Shape = Literal["dispatch", "combine"]
@@ -65,7 +66,9 @@ class Writer:
         # DualPipe's kernels leave the exchanges' multiprocessors free throughout a pair: all products of the trace
         # have grids of 112. Elsewhere an exchange takes them when it runs.
         self.reserved = self.paired and schedules.of(scenario.parallelism, layout.microbatches).pairs
-        self.on_the_way: dict[int, Exchange] = {}  # issued since the last compute op
+        self.classes: list[OpClass] = []
+        self.under_way: dict[int, list[int]] = {}  # exchanges that no op has needed yet, and the compute since
+        self.during: dict[int, list[int]] = {}  # the same, complete
         self.zero = scenario.parallelism.zero_stage
         self.gathers, self.reduces = gathers, reduces
         self.by_block = gathers or reduces
@@ -83,12 +86,11 @@ class Writer:
             self.block = block
         needs = [*after, *self.blocks_next]
         self.blocks_next = []
-        if self.paired and not self.reserved:
-            cls = replace(cls, beside=tuple(cls for number, cls in self.on_the_way.items() if number not in needs))
-            self.on_the_way.clear()
         if self.gathers and needed and (self.zero == 3 or side == 0):
             needs += self.gather(needed, side)
         number = self.add(COMPUTE, cls, needs, side, label)
+        for compute in self.under_way.values():
+            compute.append(number)
         self.last_compute = number
         return number
 
@@ -129,7 +131,8 @@ class Writer:
         held = [self.last_compute] if blocks and self.last_compute is not None else []
         kind = "again" if again else ("F", "B")[side]
         number = self.add(EXPERT, cls, [*after, *held], side, f"{shape} {kind}")
-        self.on_the_way[number] = cls
+        if self.paired and not self.reserved:
+            self.under_way[number] = self.during[number] = []
         if blocks:
             self.blocks_next.append(number)
         return [number]
@@ -158,6 +161,20 @@ class Writer:
             self.blocks_next.append(number)
         return [number]
 
+    def finish(self) -> Template:
+        """Classes of all ops, now that it is known which communication is under way beside which of them."""
+        met: dict[int, list[Beside]] = defaultdict(list)
+        for number, compute in self.during.items():
+            moving = self.classes[number]
+            assert isinstance(moving, Exchange)
+            beside = Beside(moving, tuple(cls for each in compute if isinstance(cls := self.classes[each], Compute)))
+            for each in compute:
+                met[each].append(beside)
+        for number, cls in enumerate(self.classes):
+            final = replace(cls, beside=tuple(met[number])) if number in met and isinstance(cls, Compute) else cls
+            self.template.classes.append(self.draft.class_id(final))
+        return self.template
+
     def close(self, side: int, after: list[int]) -> None:
         """Mark the end of a data chain; a chunk without work still passes its input on."""
         if after[0] < 0:
@@ -169,10 +186,11 @@ class Writer:
         template = self.template
         number = len(template.streams)
         template.streams.append(stream)
-        template.classes.append(self.draft.class_id(cls))
+        self.classes.append(cls)
         template.sides.append(side)
         template.labels.append(self.draft.label_id(label))
         for need in after:
+            self.under_way.pop(need, None)
             if need < 0:
                 template.entries[need].append(number)
             else:

@@ -38,7 +38,7 @@ class Compute:
     layer: int | None
     overlapped: bool
     parts: int = 1
-    beside: tuple[Exchange, ...] = ()
+    beside: tuple[Beside, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,18 @@ class Exchange:
     layer: int
     overlapped: bool
     parts: int = 1
+
+
+@dataclass(frozen=True)
+class Beside:
+    """An exchange under way while compute runs.
+
+    ``during``: everything that the compute stream does between its issue and the first op that needs it, in shares by
+    their times; empty: it runs beside one op alone.
+    """
+
+    exchange: Exchange
+    during: tuple[Compute, ...] = ()
 
 
 @dataclass(frozen=True)

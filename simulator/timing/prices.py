@@ -47,7 +47,8 @@ class Pricer:
         self.profile = profile
         self.precision = self.scenario.training.precision
         self.whole = Device.of(profile)
-        self.beside = Device.of(profile, collectives.comm_sms(profile, span))
+        self.reserved = collectives.comm_sms(profile, span)
+        self._kernels: dict[tuple[Compute, float], dict[str, FloatArray]] = {}
         self.ops = OpTimes(self.scenario, self.load)
         self.tensor, self.sequence = self.ops.tensor, self.ops.sequence
         stack = profile.stacks[self.scenario.cluster.stack_name]
@@ -102,7 +103,23 @@ class Pricer:
     def _compute(self, each: Compute) -> tuple[FloatArray, dict[str, float]]:
         if each.beside:
             return self._beside(each)
-        device = self.beside if each.overlapped else self.whole
+        return self._on(each, self.reserved if each.overlapped else 0.0)
+
+    def _on(self, each: Compute, held: float) -> tuple[FloatArray, dict[str, float]]:
+        """Kernels on what communication that holds so many multiprocessors leaves free."""
+        if (each, held) not in self._kernels:
+            self._kernels[each, held] = self._by_family(each, Device.of(self.profile, held))
+        parts = dict(self._kernels[each, held])
+        total = sum(parts.values(), np.zeros((1, 1)))
+        parts[STACK] = total * self.gap
+        total = total * (1.0 + self.gap)
+        waiting = np.maximum(self.issue * _issued(each) - total, 0.0)
+        parts[STACK] = parts[STACK] + waiting  # the host has not issued the next kernel yet
+        total = total + waiting
+        mean = float(total.mean())
+        return total, {name: float(value.mean()) / mean for name, value in parts.items() if mean and value.any()}
+
+    def _by_family(self, each: Compute, device: Device) -> dict[str, FloatArray]:
         parts: dict[str, FloatArray] = {}
         for item in each.repeats:
             for work in (self.ops.item, self.ops.casts):
@@ -113,21 +130,23 @@ class Pricer:
         if self.composition is not None:
             factor = (self.composition.forward if each.which == "F" else self.composition.backward).value
             parts = {name: seconds * factor for name, seconds in parts.items()}
-        total = sum(parts.values(), np.zeros((1, 1)))
-        parts[STACK] = total * self.gap
-        total = total * (1.0 + self.gap)
-        waiting = np.maximum(self.issue * _issued(each) - total, 0.0)
-        parts[STACK] = parts[STACK] + waiting  # the host has not issued the next kernel yet
-        total = total + waiting
-        mean = float(total.mean())
-        return total, {name: float(value.mean()) / mean for name, value in parts.items() if mean and value.any()}
+        return parts
 
     def _beside(self, each: Compute) -> tuple[FloatArray, dict[str, float]]:
-        """Kernels that are slower for as long as the exchanges beside them last."""
-        free, shares = self._compute(replace(each, beside=()))
-        held, _ = self._compute(replace(each, beside=(), overlapped=True))
-        lasts = sum(float(np.mean(exchange(self, other).seconds)) for other in each.beside)
-        slower = free + lasts * (1.0 - free / np.maximum(held, 1e-30))
+        """Kernels that are slower for as long as the exchanges beside them last.
+
+        An exchange of c seconds meets each op of its time in proportion, c x free / sum of free; meanwhile the op
+        advances at the rate free / held.
+        """
+        plain = replace(each, beside=())
+        (free, shares), (held, _) = self._on(plain, 0.0), self._on(plain, self.reserved)
+        slower = free
+        for other in each.beside:
+            lasts = float(np.mean(exchange(self, other.exchange).seconds))
+            if other.during:
+                around = sum(float(self._on(compute, 0.0)[0].mean()) for compute in other.during)
+                lasts *= float(free.mean()) / max(around, 1e-30)
+            slower = slower + lasts * (1.0 - free / np.maximum(held, 1e-30))
         return np.minimum(held, slower), shares
 
     @staticmethod

@@ -166,7 +166,7 @@ def test_an_exchange_takes_multiprocessors_only_for_as_long_as_it_lasts() -> Non
     for each in slowed:
         forms = (replace(each, beside=()), each, replace(each, beside=(), overlapped=True))
         free, now, held = (float(pricer.price([form]).seconds.mean()) for form in forms)
-        lasts = sum(float(pricer.price([other]).seconds.mean()) for other in each.beside)
+        lasts = sum(float(pricer.price([other.exchange]).seconds.mean()) for other in each.beside)
         assert free < now <= held
         assert now - free <= lasts
 
