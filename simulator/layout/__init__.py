@@ -123,7 +123,7 @@ def _overlap(scenario: Scenario, schedule: Schedule) -> frozenset[str]:
     """Resolve ``overlap: auto`` and refuse what would silently have no effect."""
     split = scenario.parallelism
     if split.overlap == "auto":
-        chosen = {"gradient_reduce", "parameter_gather", "pipeline"}
+        chosen = {"gradient_reduce", "parameter_gather", "pipeline", "tensor_backward"}
         return frozenset(chosen | ({"expert_all_to_all"} if schedule.pairs else set()))
     names = {item for item in split.overlap if not isinstance(item, ExpertChunks)}
     for name, size in (("tensor", split.tensor), ("context", split.context)):

@@ -6,6 +6,9 @@ are there; more parts cost more launches, more latencies and smaller kernels:
 
 * tensor: 4 parts. An all-gather part feeds a part of the product; a part of the product feeds a reduce-scatter part.
   This is the pipelined overlap of Transformer Engine's user buffers (``--tp-comm-overlap`` of Megatron-Core).
+* tensor_backward: whole, beside the weight gradient of the same product. The collectives at the input of a
+  column-parallel product are not needed before the next op of the input gradient (arXiv 2205.05198, section 4.2.2;
+  Megatron-Core and Transformer Engine do so unless told otherwise).
 * context: one part for each rank of the ring. While a rank attends to one block of keys and values, it sends that block
   on and receives the next (ring attention, arXiv 2310.01889). The first block is its own. Backward, the sums of the
   blocks' gradients travel one step behind and the last of them comes home when all compute is done.
@@ -40,16 +43,33 @@ class Segments(Writer):
         return self.layout.overlap & _GROUPS
 
     def dense(
-        self, entries: Sequence[Entry], which: Pass, after: list[int], side: int, *, repeated: bool = False
+        self,
+        entries: Sequence[Entry],
+        which: Pass,
+        after: list[int],
+        side: int,
+        *,
+        repeated: bool = False,
+        weights: list[Entry] | None = None,
     ) -> list[int]:
-        """A segment. ``repeated``: its forward has been computed again already, and its parameters are there."""
+        """A segment. ``repeated``: its forward has been computed again already, and its parameters are there.
+
+        ``weights``: of a backward whose weight gradients may be computed where a collective can hide behind them; what
+        is left of them is in the list at the end.
+        """
         parts = runs(entries, by_block=self.by_block, joined=self.joined)
         if which == "I" and not repeated:
             after = self.repeat_regions(entries, after, side)
         for part in parts if which == "F" else reversed(parts):
             moving = collective_of(part)
+            if weights is not None:
+                weights.extend(entry for entry in part if entry is not moving)
             if moving is not None and len(part) > 1:
                 after = self.joint(part, which, after, side, repeated=repeated)
+            elif moving is not None and weights and self.hides_backward(moving):
+                after = self.region(moving, after, side, backward=True, blocks=False)
+                self.weigh(weights, None, reduces=False)
+                weights.clear()
             elif moving is not None:
                 after = self.region(moving, after, side, backward=which == "I")
             elif has_work(part):
@@ -67,36 +87,53 @@ class Segments(Writer):
             [entry for entry in entries if entry.block == block] for block in dict.fromkeys(e.block for e in entries)
         ]
         for part in reversed(parts) if self.reduces and inputs and weights else [list(entries)]:
+            rest: list[Entry] = [] if inputs else part
             if inputs:
-                after = self.dense(part, "I", after, 1, repeated=repeated)
+                after = self.dense(part, "I", after, 1, repeated=repeated, weights=rest if weights else None)
             if weights:
-                self.weigh(part, None)
+                self.weigh(rest, None, reduces=False)
+                self.reduce(part)
         return after
+
+    def hides_backward(self, moving: Entry) -> bool:
+        """Whether a collective may run beside the weight gradients behind it."""
+        op = moving.item.op
+        assert isinstance(op, Collective)
+        return "tensor_backward" in self.layout.overlap and op.group == "tensor" and op.kind == "enter"
 
     def last_backward(
         self, entries: Sequence[Entry], after: list[int], inputs: bool, weights: bool, *, repeated: bool = False
     ) -> Iterator[None]:
-        """The segment at which a backward chain ends: it sends its gradient, lets the forward end, then does its W.
+        """The segment at which a backward chain ends.
 
-        The delayed W runs while both messages travel, as in DualPipe and Megatron-Core.
+        The gradient leaves when the whole backward is done, as autograd returns it. In a pair it leaves before the last
+        W, which waits until the forward has ended and runs while both messages travel (DualPipe's training trace,
+        ``--delay-wgrad-compute`` of Megatron-Core).
         """
-        after = self.dense_backward(entries, after, inputs, weights and self.reduces, repeated=repeated)
+        delayed = self.paired and weights and not self.reduces
+        after = self.dense_backward(entries, after, inputs, weights and not delayed, repeated=repeated)
         if inputs:
-            self.close(1, after)
-        if weights and not self.reduces:
+            self.close(1, after if delayed else self.done(after))
+        if delayed:
             yield
             self.weigh(entries, None)
 
     def weigh(
-        self, entries: Sequence[Entry], layer: int | None, parts: int = 1, beside: tuple[Beside, ...] = ()
+        self,
+        entries: Sequence[Entry],
+        layer: int | None,
+        parts: int = 1,
+        beside: tuple[Beside, ...] = (),
+        *,
+        reduces: bool = True,
     ) -> None:
-        """Gradients of the weights of a stretch, and their reduction where it is due."""
+        """Gradients of the weights of a stretch, and their reduction where it is due and ``reduces``."""
         items = tuple(entry.item for entry in entries if isinstance(entry.item.op, Gemm | GroupedGemm))
         if items:
             cls = Compute("W", items, (), layer, self.reserved, parts, beside)
             label = "W experts" if layer is not None else "W dense"
             self.template.weights[1] = self.compute(cls, [], 1, label, (), block=entries[0].block)
-        if parts == 1:
+        if parts == 1 and reduces:
             self.reduce(entries)
 
     def reduce(self, entries: Sequence[Entry]) -> None:

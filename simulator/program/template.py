@@ -175,9 +175,15 @@ class Writer:
             self.template.classes.append(self.draft.class_id(final))
         return self.template
 
+    def done(self, after: list[int]) -> list[int]:
+        """Ops after which all compute so far has ended, too."""
+        if self.last_compute is None:
+            return after
+        return [*(each for each in after if each < 0 or self.template.streams[each] != COMPUTE), self.last_compute]
+
     def close(self, side: int, after: list[int]) -> None:
         """Mark the end of a data chain; a chunk without work still passes its input on."""
-        if after[0] < 0:
+        if after[0] < 0 or len(after) > 1:
             after = [self.add(COMPUTE, Fixed("elementwise", 0.0), after, side, "pass on")]
         self.template.exits[side] = after[-1]
 

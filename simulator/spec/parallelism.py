@@ -13,7 +13,14 @@ ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zb1p", "zbh2", "zbv", "d
 DenseAxis = Literal["tensor", "context", "expert", "data", "pipeline"]
 ExpertAxis = Literal["expert_tensor", "expert", "expert_data", "pipeline"]
 OverlapName = Literal[
-    "expert_all_to_all", "gradient_reduce", "parameter_gather", "pipeline", "tensor", "context", "shared_experts"
+    "expert_all_to_all",
+    "gradient_reduce",
+    "parameter_gather",
+    "pipeline",
+    "tensor",
+    "tensor_backward",
+    "context",
+    "shared_experts",
 ]
 
 
@@ -104,8 +111,8 @@ class Parallelism(Contract):
         "Layer split: balanced by FLOPs, or one item per stage.", example="auto", default="auto"
     )
     overlap: Literal["auto"] | tuple[OverlapName | ExpertChunks, ...] = described(
-        "Communication that may run beside compute; auto = gradient_reduce, parameter_gather, pipeline, and "
-        "expert_all_to_all where the schedule pairs forward with backward.",
+        "Communication that may run beside compute; auto = gradient_reduce, parameter_gather, pipeline, "
+        "tensor_backward, and expert_all_to_all where the schedule pairs forward with backward.",
         example=["expert_all_to_all", "gradient_reduce"],
         default="auto",
     )

@@ -7,6 +7,7 @@ same class take the same time, so DeepSeek-V3's 80 000 ops need about a hundred 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from simulator.timing.kernels import Pass
@@ -39,6 +40,15 @@ class Compute:
     overlapped: bool
     parts: int = 1
     beside: tuple[Beside, ...] = ()
+
+    @cached_property
+    def _key(self) -> int:
+        fields = (self.which, self.items, self.repeats, self.layer, self.overlapped, self.parts, self.beside)
+        return hash(fields)
+
+    def __hash__(self) -> int:
+        """That of the fields, formed once: classes are looked up far more often than they are written."""
+        return self._key
 
 
 @dataclass(frozen=True)

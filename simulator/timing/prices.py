@@ -30,6 +30,8 @@ from simulator.timing.table import Prices
 from simulator.workload.ops import Gemm, GroupedGemm
 
 RECOMPUTE, CAST, STACK = "recompute", "cast", "stack"
+Priced = tuple[FloatArray, float, dict[str, float]]
+"""Seconds [rows, lanes] of a compute class, their mean, and the shares of families."""
 
 
 @dataclass
@@ -49,6 +51,8 @@ class Pricer:
         self.whole = Device.of(profile)
         self.reserved = collectives.comm_sms(profile, span)
         self._kernels: dict[tuple[Compute, float], dict[str, FloatArray]] = {}
+        self._priced: dict[tuple[Compute, float, float, float], Priced] = {}
+        self._lasts: dict[Exchange, float] = {}
         self.ops = OpTimes(self.scenario, self.load)
         self.tensor, self.sequence = self.ops.tensor, self.ops.sequence
         stack = profile.stacks[self.scenario.cluster.stack_name]
@@ -103,10 +107,17 @@ class Pricer:
     def _compute(self, each: Compute) -> tuple[FloatArray, dict[str, float]]:
         if each.beside:
             return self._beside(each)
-        return self._on(each, self.reserved if each.overlapped else 0.0)
+        total, _, shares = self._on(each, self.reserved if each.overlapped else 0.0)
+        return total, shares
 
-    def _on(self, each: Compute, held: float) -> tuple[FloatArray, dict[str, float]]:
+    def _on(self, each: Compute, held: float) -> Priced:
         """Kernels on what communication that holds so many multiprocessors leaves free."""
+        key = each, held, self.gap, self.issue
+        if key not in self._priced:
+            self._priced[key] = self._with_stack(each, held)
+        return self._priced[key]
+
+    def _with_stack(self, each: Compute, held: float) -> Priced:
         if (each, held) not in self._kernels:
             self._kernels[each, held] = self._by_family(each, Device.of(self.profile, held))
         parts = dict(self._kernels[each, held])
@@ -117,7 +128,7 @@ class Pricer:
         parts[STACK] = parts[STACK] + waiting  # the host has not issued the next kernel yet
         total = total + waiting
         mean = float(total.mean())
-        return total, {name: float(value.mean()) / mean for name, value in parts.items() if mean and value.any()}
+        return total, mean, {name: float(value.mean()) / mean for name, value in parts.items() if mean and value.any()}
 
     def _by_family(self, each: Compute, device: Device) -> dict[str, FloatArray]:
         parts: dict[str, FloatArray] = {}
@@ -139,15 +150,14 @@ class Pricer:
         advances at the rate free / held.
         """
         plain = replace(each, beside=())
-        (free, shares), (held, _) = self._on(plain, 0.0), self._on(plain, self.reserved)
-        slower = free
+        (free, mean, shares), (held, _, _) = self._on(plain, 0.0), self._on(plain, self.reserved)
+        lasts = 0.0
         for other in each.beside:
-            lasts = float(np.mean(exchange(self, other.exchange).seconds))
-            if other.during:
-                around = sum(float(self._on(compute, 0.0)[0].mean()) for compute in other.during)
-                lasts *= float(free.mean()) / max(around, 1e-30)
-            slower = slower + lasts * (1.0 - free / np.maximum(held, 1e-30))
-        return np.minimum(held, slower), shares
+            if other.exchange not in self._lasts:
+                self._lasts[other.exchange] = float(np.mean(exchange(self, other.exchange).seconds))
+            around = sum(self._on(compute, 0.0)[1] for compute in other.during)
+            lasts += self._lasts[other.exchange] * (mean / max(around, 1e-30) if other.during else 1.0)
+        return np.minimum(held, free + lasts * (1.0 - free / np.maximum(held, 1e-30))), shares
 
     @staticmethod
     def _add(parts: dict[str, FloatArray], family: str, seconds: FloatArray) -> None:
@@ -206,8 +216,14 @@ class Pricer:
         tokens = self.ops.tokens(each.stack)
         if each.stack == "decoder" and self.scenario.model.encoder is not None:
             tokens += self.ops.tokens("encoder")  # every decoder stage needs the encoder's output
-        moved = ELEMENT_BYTES[self.precision.residual] * self.scenario.model.hidden_size * tokens / self.sequence
-        return transfer(self.profile, self.layout.spans["pipeline"], "point_to_point", moved)
+        whole = ELEMENT_BYTES[self.precision.residual] * self.scenario.model.hidden_size * tokens
+        moved = transfer(self.profile, self.layout.spans["pipeline"], "point_to_point", whole / self.tensor)
+        if self.sequence == self.tensor:
+            return moved
+        # Every tensor-parallel rank holds the same: each sends its share and the receivers gather (arXiv 2104.04473,
+        # section 4.1).
+        gathered = transfer(self.profile, self.layout.spans["tensor"], "all_gather", whole)
+        return replace(moved, latency=moved.latency + float(np.max(gathered.seconds)))
 
     @_transfers.register
     def _(self, each: Bulk) -> Transfer:

@@ -266,7 +266,7 @@ def test_more_stages_than_blocks_are_refused() -> None:
 
 
 def test_overlap_auto_hides_the_exchange_only_where_forward_and_backward_are_paired() -> None:
-    usual = {"gradient_reduce", "parameter_gather", "pipeline"}
+    usual = {"gradient_reduce", "parameter_gather", "pipeline", "tensor_backward"}
 
     assert placed().overlap == usual
     assert resolve(load_scenario("deepseek-v3", {"parallelism.overlap": "auto"})).overlap == usual | {

@@ -391,30 +391,97 @@ def test_the_layer_after_waits_for_the_shared_experts_result() -> None:
 # Sends under the last weight gradient
 
 
-@pytest.mark.parametrize(
-    "parallelism",
-    [
-        {"pipeline": 2, "schedule": "1f1b"},
-        {"pipeline": 2, "schedule": "dualpipe"},
-        {"pipeline": 2, "schedule": "dualpipev", "virtual_stages": 2},
-        {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 2},
-    ],
-)
-@pytest.mark.parametrize("hidden", [True, False])
-def test_a_chunk_sends_before_its_last_weight_gradient_ends(parallelism: dict[str, Any], hidden: bool) -> None:
-    if hidden and parallelism["schedule"] == "1f1b":
-        return
-    changes = {f"parallelism_{key}": value for key, value in parallelism.items()}
-    overlap = ["pipeline", *(["expert_all_to_all"] if hidden else [])]
+SCHEDULES = {
+    "1f1b": {},
+    "interleaved": {"parallelism_virtual_stages": 2},
+    "dualpipe": {},
+    "dualpipev": {"parallelism_virtual_stages": 2},
+}
+
+
+def sends_and_weights(schedule: str, overlap: list[str]) -> list[tuple[bool, float, float, float]]:
+    """For each gradient sent: whether a forward ran beside its backward, its start, and its last W from to."""
+    changes = {"parallelism_pipeline": 2, "parallelism_schedule": schedule, **SCHEDULES[schedule]}
     played = step(FOUR_LAYERS, overlap, "events", **changes).timeline
     program = played.program
     label = np.array(program.labels)[program.label]
-    sends = np.flatnonzero((program.stream == PIPELINE) & (label == "send B"))
-    assert len(sends)
-    for send in sends:
-        same = (program.rank == program.rank[send]) & (program.microbatch == program.microbatch[send])
-        last = np.flatnonzero(same & (program.stage == program.stage[send]) & (label == "W dense"))[-1]
-        assert played.start[send, 0] <= played.start[last, 0] + 1e-12 < played.end[last, 0]
+    found = []
+    for send in np.flatnonzero((program.stream == PIPELINE) & (label == "send B")):
+        rank = program.rank == program.rank[send]
+        same = rank & (program.microbatch == program.microbatch[send]) & (program.stage == program.stage[send])
+        weights = np.flatnonzero(same & (label == "W dense"))
+        first, last = np.flatnonzero(same & (label == "I dense"))[0], weights[-1]
+        between = label[first:last][program.rank[first:last] == program.rank[send]]
+        paired = bool((between == "F experts").any())
+        found.append((paired, played.start[send, 0], played.start[last, 0], played.end[last, 0]))
+    return found
+
+
+@pytest.mark.parametrize("schedule", ["interleaved", "dualpipe", "dualpipev"])
+def test_a_pair_sends_before_its_last_weight_gradient_ends(schedule: str) -> None:
+    paired = [each for each in sends_and_weights(schedule, ["pipeline", "expert_all_to_all"]) if each[0]]
+    assert paired
+    for _, sent, begun, ended in paired:
+        assert sent <= begun + 1e-12 < ended
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+def test_a_backward_alone_sends_when_all_of_it_is_done(schedule: str) -> None:
+    alone = [each for each in sends_and_weights(schedule, ["pipeline"]) if not each[0]]
+    assert alone
+    for _, sent, _, ended in alone:
+        assert sent >= ended - 1e-12
+
+
+DENSE: dict[str, Any] = {
+    "name": "dense",
+    "model": "llama-2-70b",
+    "cluster": {"profile": "h100-sxm", "accelerators": 32},
+    "parallelism": {"pipeline": 4, "tensor": 8, "sequence_parallel": True},
+    "training": {"tokens": "1B", "sequence_length": 4096, "global_batch_sequences": 16},
+}
+
+
+def test_a_pipeline_idles_for_whole_forwards_and_backwards() -> None:
+    # 1F1B leaves every rank (p - 1) (F + B) of idle time, B with its weight gradient (arXiv 2104.04473, section 2.2).
+    played = step(DENSE, ["pipeline"])
+    program, terms = played.program, played.timeline.breakdown
+    seconds = (played.timeline.end - played.timeline.start).mean(1)
+    chunked = np.array([label.startswith(("F ", "I ", "W ")) for label in program.labels])[program.label]
+    busy = np.bincount(program.rank[chunked], seconds[chunked]) / played.layout.microbatches
+    exposed = terms["exposed_tensor"] / played.layout.microbatches
+
+    # On its way the first microbatch is also sent six times.
+    assert 3 * (busy.min() + exposed) <= terms["bubble"] <= 3 * (busy.max() + exposed) * 1.05
+
+
+def test_backward_tensor_collectives_hide_behind_weight_gradients() -> None:
+    off, on = (step(DENSE, overlap) for overlap in (USUAL, [*USUAL, "tensor_backward"]))
+    terms = [each.timeline.breakdown for each in (off, on)]
+
+    # Of ten collectives a layer four are at the input of its backward: two gather it again, two reduce. Those of the
+    # attention outlast its weight gradient.
+    assert 0.6 < terms[1]["exposed_tensor"] / terms[0]["exposed_tensor"] < 0.7
+    hidden = terms[0]["exposed_tensor"] - terms[1]["exposed_tensor"]
+    assert off.seconds - on.seconds == pytest.approx(hidden, rel=0.3)  # the bubble is shorter, too
+
+
+def test_an_exchange_meets_all_compute_until_it_is_needed() -> None:
+    changes = {"parallelism_tensor": 2, "parallelism_sequence_parallel": True}
+    scenario, layout = loaded(FOUR_LAYERS, [*USUAL, "expert_all_to_all"], **changes)
+    pricer = Pricer(scenario, layout, expert_load(scenario, layout))
+    program = build(scenario, layout, schedule_of(scenario, layout))
+    met = [beside for each in program.classes if isinstance(each, Compute) for beside in each.beside]
+    assert max(len(beside.during) for beside in met) > 2
+
+    for beside in set(met):
+        lasts = float(pricer.price([beside.exchange]).seconds.mean())
+        free = [float(pricer.price([each]).seconds.mean()) for each in beside.during]
+        now = [float(pricer.price([replace(each, beside=(beside,))]).seconds.mean()) for each in beside.during]
+        held = [float(pricer.price([replace(each, overlapped=True)]).seconds.mean()) for each in beside.during]
+        # While it lasts, compute advances at the rate of the multiprocessors that it leaves free.
+        lost = [min(h - f, lasts * f / sum(free) * (1 - f / h)) for f, h in zip(free, held, strict=True)]
+        assert sum(now) - sum(free) == pytest.approx(sum(lost), rel=0.01, abs=1e-9)
 
 
 @pytest.mark.parametrize("schedule", ["zb1p", "zbv"])
