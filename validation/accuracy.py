@@ -188,7 +188,7 @@ def _of_contrast(source: Source, contrast: Contrast, first: Prediction, second: 
     ] or [(a, b) for a in first.values(contrast.quantity) for b in second.values(contrast.quantity)]
     if contrast.difference is not None:
         expected, unit, values = contrast.difference, "", [b - a for a, b in pairs]
-        slack = contrast.tolerance
+        slack = contrast.tolerance * abs(expected)
     else:
         expected = contrast.ratio if contrast.ratio is not None else _measured_ratio(contrast, first, second)
         unit, values, slack = "x", [b / a for a, b in pairs], contrast.tolerance

@@ -104,7 +104,8 @@ class Table(_Data):
 class Contrast(_Data):
     """The second row against the first: the ratio of a quantity, or its difference in the quantity's unit.
 
-    Without ``ratio`` and ``difference`` the ratio is that of the rows' own measurements.
+    Without ``ratio`` and ``difference`` the ratio is that of the rows' own measurements. ``tolerance``: of a ratio as
+    it stands, of a difference as a share of it.
     """
 
     name: str

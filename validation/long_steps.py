@@ -19,7 +19,7 @@ from simulator.campaign import Step, simulate_step
 from simulator.spec import EngineName, Scenario
 
 Readable = Callable[[Step], float]
-WARM_UP_ROUNDS = {True: 2, False: 6}
+WARM_UP_ROUNDS = {True: 1, False: 3}
 """Rounds of the first short step, with a pipeline and without."""
 DRAWN_ROUNDS = 2
 """Further rounds of the second one, where loads are drawn: their mean stands for the others."""

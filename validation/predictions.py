@@ -7,6 +7,7 @@ reason; it is neither a hit nor a miss.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -181,7 +182,7 @@ def predict(
     if workers <= 1 or len(tasks) < 4:
         results = [_predict_group(task) for task in tasks]
     else:
-        with ProcessPoolExecutor(workers) as pool:
+        with ProcessPoolExecutor(workers, initializer=_rarely_collected) as pool:
             results = list(pool.map(_predict_group, tasks))
     found = {
         index: prediction
@@ -189,6 +190,11 @@ def predict(
         for index, prediction in zip(group, some, strict=True)
     }
     return [found[index] for index in range(len(runs))]
+
+
+def _rarely_collected() -> None:
+    """Programs are many small objects that live to the end of their step: looking through them often finds nothing."""
+    gc.set_threshold(500_000, 20, 50)
 
 
 def _simulated(run: PublishedRun) -> str:

@@ -78,12 +78,20 @@ def _bulks(draft: Draft, moves: Moves, verb: str, rank: int, stream: int, after:
 
 
 def _update_bytes(scenario: Scenario, layout: Layout, stages: Sequence[int]) -> float:
-    """Bytes the optimizer reads and writes on one rank: gradient, states twice, parameters."""
+    """Bytes the optimizer reads and writes on one rank: gradient, states twice, parameters, and what the software does.
+
+    Megatron-Core zeroes and averages the whole buffer of gradients, takes the norm of its shard and clips it: three
+    passes each, in kernels of their own (``gradient_passes`` of the stack).
+    """
+    zero = scenario.parallelism.zero_stage
+    passes = scenario.cluster.profile.stacks[scenario.cluster.stack_name].gradient_passes
+    beside = 0.0 if passes is None else passes.value
     held = [stage_parameters(scenario, layout, layout.stages[stage]) for stage in stages]
     dense = sum(each.dense for each in held) + table_copy(scenario, layout, [layout.stages[stage] for stage in stages])
     total = 0.0
     for group, count in (("dense", dense), ("expert", sum(each.expert for each in held))):
         size = state_bytes(scenario, group)
-        ranks = shard_ranks(scenario, layout, group) if scenario.parallelism.zero_stage >= 1 else 1
-        total += count / ranks * (size["gradients"] + 2.0 * size["optimizer"] + size["weights"])
+        shard = count / (shard_ranks(scenario, layout, group) if zero >= 1 else 1)
+        total += shard * (size["gradients"] + 2.0 * size["optimizer"] + size["weights"])
+        total += beside * size["gradients"] * (shard + (shard if zero >= 2 else count))
     return total

@@ -118,6 +118,12 @@ class Stack(Contract):
     step_overhead: Sourced[Seconds] | None = leaf(
         "Fixed time per step: data loading, logging.", "10 ms", unit="s", default=None
     )
+    gradient_passes: Sourced[NonNegative] | None = leaf(
+        "Times that every gradient is read or written beside the update: in the buffer of a rank before the reduction "
+        "(zeroed and averaged), and as often in the shard after it (norm and clipping).",
+        3,
+        default=None,
+    )
     memory: Literal["plain", "transformer_engine"] = described(
         "Which tensors the software holds for a moment: those of plain autograd, or `transformer_engine`: "
         "Megatron-Core's, with gradients of weights added inside the products and the cross entropy in place.",

@@ -124,7 +124,7 @@ class Pricer:
         total = sum(parts.values(), np.zeros((1, 1)))
         parts[STACK] = total * self.gap
         total = total * (1.0 + self.gap)
-        waiting = np.maximum(self.issue * _issued(each) - total, 0.0)
+        waiting = np.maximum(self.issue * _issued(each) / each.parts - total, 0.0)
         parts[STACK] = parts[STACK] + waiting  # the host has not issued the next kernel yet
         total = total + waiting
         mean = float(total.mean())

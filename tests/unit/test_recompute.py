@@ -15,7 +15,7 @@ from simulator.timing import Region
 SMALL: dict[str, Any] = {
     "name": "small",
     "model": "deepseek-v2-lite",
-    "cluster": {"profile": "h100-sxm", "accelerators": 16},
+    "cluster": {"profile": "h100-sxm", "accelerators": 16, "overrides": {"stacks.megatron-core.issue": "0 us"}},
     "parallelism": {"expert": 8},
     "training": {"tokens": "1B", "sequence_length": 1024, "global_batch_sequences": 64},
 }
