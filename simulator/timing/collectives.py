@@ -98,7 +98,7 @@ def combine(
             slower = 1.0 / (bandwidth * curve.beyond_knee.value) - 1.0 / (bandwidth * efficiency)
             seconds += np.maximum(size - curve.knee_bytes.value, 0.0) * max(0.0, slower)
         flows.append(Flow(index, seconds, efficiency))
-        latency += _latency(tier, curve, span.ways[index], kind)
+        latency += _latency(tier, curve, span.ways, index, kind)
     return Transfer(latency, tuple(flows))
 
 
@@ -124,10 +124,19 @@ def comm_sms(profile: HardwareProfile, span: Span) -> float:
     return max((curve.comm_sms.value for curve in curves if curve and curve.comm_sms), default=0.0)
 
 
-def _latency(tier: Tier, curve: CollectiveCurve | None, ways: int, kind: Kind) -> float:
+def _latency(tier: Tier, curve: CollectiveCurve | None, ways: Sequence[int], index: int, kind: Kind) -> float:
+    """Latency of a tier's part: that of its smallest group, and a hop for each further step of the ring.
+
+    A ring of n nodes also passes the L ranks of every node: L - 1 hops inside for each of the n - 1 further nodes.
+    """
     if curve is None:
-        return tier.alpha.value * (1 if kind == "all_to_all" else ways - 1)
-    return curve.latency.value + (curve.hop.value * max(0, ways - 2) if curve.hop else 0.0)
+        return tier.alpha.value * (1 if kind == "all_to_all" else ways[index] - 1)
+    latency = curve.latency.value
+    if curve.hop is not None:
+        latency += curve.hop.value * max(0, ways[index] - 2)
+    if curve.inner_hop is not None:
+        latency += curve.inner_hop.value * (math.prod(ways[:index]) - 1) * (ways[index] - 1)
+    return latency
 
 
 def _point_to_point(profile: HardwareProfile, span: Span, size_bytes: Numbers) -> Transfer:

@@ -19,6 +19,7 @@ from simulator.layout import Span, resolve
 from simulator.routing import expert_load
 from simulator.routing.traffic import distinct, distinct_groups
 from simulator.spec import Scenario, load_profile, load_scenario
+from simulator.spec.curves import CollectiveCurve
 from simulator.spec.hardware import HardwareProfile
 from simulator.timing import Bulk, Compute, Exchange, Fixed, Item, OpClass, Pricer, Region, Send, Update
 from simulator.timing.collectives import FREE, Kind, comm_sms, transfer
@@ -398,6 +399,17 @@ def test_latencies_add_over_the_tiers() -> None:
     assert transfer(MACHINE, Span(4, (4, 1)), "all_gather", 1.0).latency == pytest.approx((10 + 2) * US)
     assert transfer(MACHINE, Span(12, (4, 3)), "all_gather", 1.0).latency == pytest.approx((10 + 2 + 2 * 3) * US)
     assert transfer(MACHINE, Span(8, (4, 2)), "all_to_all", 1.0).latency == pytest.approx((10 + 30) * US)
+
+
+def test_a_ring_over_nodes_passes_every_rank_of_them() -> None:
+    """Three nodes of four ranks: 30 us, 4 us for the third node, 2 us for each of three ranks in two further nodes."""
+    inside, between = MACHINE.tiers
+    curve = CollectiveCurve.model_validate(leaves(latency="30 us", hop="4 us", inner_hop="2 us", efficiency=0.5))
+    tiers = (inside, between.model_copy(update={"collectives": {"all_gather": curve}}))
+    profile = MACHINE.model_copy(update={"tiers": tiers})
+
+    assert transfer(profile, Span(12, (4, 3)), "all_gather", 1.0).latency == pytest.approx((10 + 2 + 30 + 4 + 12) * US)
+    assert transfer(profile, Span(3, (1, 3)), "all_gather", 1.0).latency == pytest.approx((30 + 4) * US)
 
 
 def test_a_tiny_message_costs_its_latency_and_nothing_costs_nothing() -> None:
