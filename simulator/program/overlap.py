@@ -73,7 +73,7 @@ class Chunk(Segments):
             segment, full = before, phase.full_repeat
             if inputs:
                 again = self.repeat(segment, phase, after) if full else [[]] * self.parts
-                sent = self.dispatch(phase, after, 1)
+                sent = self.dispatch(phase, self.ready(after), 1)
                 shared = self.beside(phase, "I", after, 1)
                 if self.parts == 1:
                     yield
@@ -85,6 +85,10 @@ class Chunk(Segments):
                 self.weigh(phase.entries, phase.layer)
                 self.weigh(phase.beside, None)
         yield from self.last_backward(segment, after, inputs, weights, repeated=full)
+
+    def ready(self, after: list[int]) -> list[int]:
+        """What a message of a backward waits for: its data, and in a pair that does not delay them the W before it."""
+        return self.done(after) if self.paired and not self.delays else after
 
     # --- pieces -------------------------------------------------------------------------------------------------------
 
@@ -106,7 +110,7 @@ class Chunk(Segments):
             if weights:
                 self.weigh(phase.entries, phase.layer)
                 self.weigh(phase.beside, None)
-            return self.exchange(phase, "combine", after, side)
+            return self.exchange(phase, "combine", self.ready(after) if weights else after, side)
         result: list[int] = []
         coming, leaving = (self.part_of(phase, shape) for shape in _SHAPES)
         for index, there in enumerate(sent):

@@ -106,11 +106,10 @@ class Segments(Writer):
     ) -> Iterator[None]:
         """The segment at which a backward chain ends.
 
-        The gradient leaves when the whole backward is done, as autograd returns it. In a pair it leaves before the last
-        W, which waits until the forward has ended and runs while both messages travel (DualPipe's training trace,
-        ``--delay-wgrad-compute`` of Megatron-Core).
+        The gradient leaves when the whole backward is done, as autograd returns it. A pair that delays its weight
+        gradients sends before the last W, which waits until the forward has ended and runs while both messages travel.
         """
-        delayed = self.paired and weights and not self.reduces
+        delayed = self.delays and weights and not self.reduces
         after = self.dense_backward(entries, after, inputs, weights and not delayed, repeated=repeated)
         if inputs:
             self.close(1, after if delayed else self.done(after))

@@ -65,6 +65,7 @@ class Writer:
         self.paired = paired and self.hidden and self.exchanges
         # DualPipe's kernels leave the exchanges' multiprocessors free throughout a pair: all products of the trace
         # have grids of 112. Elsewhere an exchange takes them when it runs.
+        self.delays = self.paired and scenario.parallelism.delay_weight_gradients
         self.reserved = self.paired and schedules.of(scenario.parallelism, layout.microbatches).pairs
         self.classes: list[OpClass] = []
         self.under_way: dict[int, list[int]] = {}  # exchanges that no op has needed yet, and the compute since

@@ -110,6 +110,12 @@ class Parallelism(Contract):
     layers_per_stage: Literal["auto"] | tuple[Whole | StageItem, ...] = described(
         "Layer split: balanced by FLOPs, or one item per stage.", example="auto", default="auto"
     )
+    delay_weight_gradients: Flag = described(
+        "In a pair of forward and backward, messages leave before the weight gradients behind them are computed "
+        "(DualPipe; Megatron-Core's --delay-wgrad-compute).",
+        example=True,
+        default=True,
+    )
     overlap: Literal["auto"] | tuple[OverlapName | ExpertChunks, ...] = described(
         "Communication that may run beside compute; auto = gradient_reduce, parameter_gather, pipeline, "
         "tensor_backward, and expert_all_to_all where the schedule pairs forward with backward.",

@@ -400,10 +400,10 @@ SCHEDULES = {
 }
 
 
-def sends_and_weights(schedule: str, overlap: list[str]) -> list[tuple[bool, float, float, float]]:
+def sends_and_weights(schedule: str, overlap: list[str], **more: Any) -> list[tuple[bool, float, float, float]]:
     """For each gradient sent: whether a forward ran beside its backward, its start, and its last W from to."""
     changes = {"parallelism_pipeline": 2, "parallelism_schedule": schedule, **SCHEDULES[schedule]}
-    played = step(FOUR_LAYERS, overlap, "events", **changes).timeline
+    played = step(FOUR_LAYERS, overlap, "events", **changes, **more).timeline
     program = played.program
     label = np.array(program.labels)[program.label]
     found = []
@@ -424,6 +424,19 @@ def test_a_pair_sends_before_its_last_weight_gradient_ends(schedule: str) -> Non
     assert paired
     for _, sent, begun, ended in paired:
         assert sent <= begun + 1e-12 < ended
+
+
+@pytest.mark.parametrize("schedule", ["interleaved", "dualpipe"])
+def test_a_pair_may_compute_its_weight_gradients_before_it_sends(schedule: str) -> None:
+    overlap, late = ["pipeline", "expert_all_to_all"], {"parallelism_delay_weight_gradients": False}
+    paired = [each for each in sends_and_weights(schedule, overlap, **late) if each[0]]
+    assert paired
+    for _, sent, _, ended in paired:
+        assert sent >= ended - 1e-12
+
+    changes = {"parallelism_pipeline": 2, "parallelism_schedule": schedule, **SCHEDULES[schedule]}
+    delayed, not_delayed = (step(FOUR_LAYERS, overlap, **changes, **more) for more in ({}, late))
+    assert delayed.seconds < not_delayed.seconds
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
