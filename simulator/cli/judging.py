@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +11,10 @@ import typer
 from simulator import errors
 from simulator.cli.options import Engine, JsonOption
 from simulator.report.terminal import note, print_json, ready, show, working
+
+Checks = list[dict[str, Any]]
+Judged = tuple[Checks, dict[str, Any]]
+"""Checks, and their summaries by kind."""
 
 
 def validate(
@@ -50,73 +54,72 @@ def validate(
     ] = None,
 ) -> None:
     """Hold the simulator against what is known: papers, exact oracles, published runs; all when none is named."""
-    runs = runs or ablation
-    everything = not (routing or events or runs or only or calibration or live)
     if figure is not None and not calibration:
         raise errors.invalid("draws recorded timings; add --calibration", path="--figure")
     if profile is not None and not live:
         raise errors.invalid("is that of this machine; add --live", path="--profile")
     if ablation and only:
         raise errors.invalid("judges all complete runs: leave out --only", path="--ablation")
-    checks: list[dict[str, Any]] = []
+    of_runs = runs or ablation or bool(only)
+    asked = {"routing": routing, "events": events, "runs": of_runs, "calibration": calibration, "live": live}
+    judges: dict[str, Callable[[], Judged]] = {
+        "routing": _routing,
+        "events": _events,
+        "runs": lambda: _runs(only or (), engine, close=close, write=write, ablation=ablation),
+        "calibration": lambda: _calibration(figure),
+        "live": lambda: _live(scenario, profile),
+    }
+    checks: Checks = []
     summaries: dict[str, Any] = {}
-    if routing or everything:
-        with working("checking the routing"):
-            from validation.checks import summary as counted
-            from validation.routing import judge as judge_routing
-
-            found = judge_routing()
+    for kind, judged in judges.items():
+        if asked[kind] or (kind != "live" and not any(asked.values())):
+            found, summed = judged()
             checks += found
-            summaries["routing"] = counted(found)
-    if events or everything:
-        with working("checking the events"):
-            from validation.checks import summary as counted_events
-            from validation.events import judge as judge_events
+            summaries |= summed
+    _show(checks, summaries, json_=json_)
 
-            found = judge_events()
-            checks += found
-            summaries["events"] = counted_events(found)
-    if runs or only or everything:
-        parts: dict[str, dict[str, Any]] = {}
-        with working("judging published runs"):
-            if ablation or write:  # the page holds it too
-                parts = _ablation()
-            found = _runs(only or (), engine, close=close, write=write, ablation=parts)
-        checks += found
-        summaries["runs"] = _runs_summary(found)
-        if parts:
-            summaries["ablation"] = parts
-    if calibration or everything:
-        found = _calibration(figure)
-        checks += found
-        summaries["calibration"] = _counted(found)
-    if live:
-        found = _live(scenario, profile)
-        checks += found
-        summaries["live"] = _counted(found)
+
+def _show(checks: Checks, summaries: dict[str, Any], *, json_: bool) -> None:
+    """All that was checked; exit code 1 if anything does not hold."""
+    from simulator.report.evidence_tables import checks_view
+    from simulator.report.runs_view import runs_view
+
+    of_runs = [check for check in checks if check["group"] in ("runs", "contrasts")]
+    others = [check for check in checks if check not in of_runs]
     if json_:
         print_json({"checks": checks, "summary": summaries})
-    else:
-        from simulator.report.evidence_tables import checks_view
-        from simulator.report.runs_view import runs_view
-
-        of_runs = [check for check in checks if check["group"] in ("runs", "contrasts")]
-        if of_runs:
-            show(runs_view(of_runs, summaries["runs"], summaries.get("ablation", {})))
-        if others := [check for check in checks if check not in of_runs]:
-            show(checks_view(others))
+    elif of_runs:
+        show(runs_view(of_runs, summaries["runs"], summaries.get("ablation", {})))
+    if others and not json_:
+        show(checks_view(others))
     raise typer.Exit(1 if any(check["ok"] is False for check in checks) else 0)
 
 
-def _runs(
-    only: Sequence[str],
-    engine: Engine | None,
-    *,
-    close: bool,
-    write: bool,
-    ablation: Mapping[str, Mapping[str, float]],
-) -> list[dict[str, Any]]:
+def _routing() -> Judged:
+    """Routers, loads and traffic."""
+    from validation.routing import judge
+
+    with working("checking the routing"):
+        return _counted("routing", judge())
+
+
+def _events() -> Judged:
+    """Schedules and DeepSeek-V3's step."""
+    from validation.events import judge
+
+    with working("checking the events"):
+        return _counted("events", judge())
+
+
+def _counted(kind: str, checks: Checks) -> Judged:
+    from validation.checks import summary
+
+    return checks, {kind: summary(checks)}
+
+
+def _runs(only: Sequence[str], engine: Engine | None, *, close: bool, write: bool, ablation: bool) -> Judged:
     """Published runs, and where they are written down."""
+    from validation.ablation import ablations
     from validation.accuracy import judge
     from validation.evidence import sources
     from validation.families import summary
@@ -127,34 +130,18 @@ def _runs(
             raise errors.invalid(errors.one_of(name, known, "published run"), path="--only")
     if write and (only or close):
         raise errors.invalid("the page holds all but the runs set aside: leave out --only and --close", path="--write")
-    found = judge(only, engine.reader if engine else None, test=close)
+    with working("judging published runs"):
+        parts = ablations() if ablation or write else {}  # the page holds it too
+        found = judge(only, engine.reader if engine else None, test=close)
     if write:
         from validation.accuracy_page import write as write_page
 
-        for path in write_page(found, summary(found), ablation):
+        for path in write_page(found, summary(found), parts):
             note(f"wrote {path}")
-    return found
+    return found, {"runs": summary(found), **({"ablation": parts} if parts else {})}
 
 
-def _ablation() -> dict[str, dict[str, Any]]:
-    from validation.ablation import ablations
-
-    return ablations()
-
-
-def _runs_summary(checks: list[dict[str, Any]]) -> dict[str, Any]:
-    from validation.families import summary
-
-    return summary(checks)
-
-
-def _counted(checks: list[dict[str, Any]]) -> dict[str, Any]:
-    from validation.checks import summary
-
-    return summary(checks)
-
-
-def _calibration(figure: Path | None) -> list[dict[str, Any]]:
+def _calibration(figure: Path | None) -> Judged:
     """Recorded machines, and drops where PyTorch is installed."""
     from validation.calibration import calibration_of, judge, notices, recordings
 
@@ -171,10 +158,10 @@ def _calibration(figure: Path | None) -> list[dict[str, Any]]:
         if not machines:
             raise errors.invalid("there is no recording to draw", path="--figure")
         draw(machines, figure)
-    return found
+    return _counted("calibration", found)
 
 
-def _live(scenario: str, profile: str | None) -> list[dict[str, Any]]:
+def _live(scenario: str, profile: str | None) -> Judged:
     """One real training step against the estimate."""
     from simulator.spec import load_profile, load_scenario
     from validation.calibration import judge_live
@@ -190,7 +177,8 @@ def _live(scenario: str, profile: str | None) -> list[dict[str, Any]]:
     changes = {"cluster.profile": name, "training.precision": form}
     recorded = Path(profile).with_suffix(".jsonl")
     with working("running training steps"):
-        return judge_live(
+        found = judge_live(
             load_scenario(scenario, changes, label="--profile"),
             read(recorded) if recorded.exists() else None,
         )
+    return _counted("live", found)
