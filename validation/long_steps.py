@@ -3,11 +3,12 @@
 With loads that are the same in every microbatch, a schedule that keeps few microbatches in flight repeats itself after
 its warm-up: each further round of as many microbatches as there are pipeline ranks takes the same time, so that
 
-    T(M) = T(M2) + (M - M2) / (M2 - M1) (T(M2) - T(M1)),       M > M2 > M1 well beyond the warm-up,
+    T(M) = T(M2) + (M - M2) / (M2 - M1) (T(M2) - T(M1)),       M > M2 > M1 beyond the warm-up,
 
-and every term of the breakdown likewise; memory does not grow any more. Published runs have up to 512 microbatches on
-8 stages. Where all experts are equally likely, microbatches differ by chance alone: more rounds are played, and their
-mean stands for the others. Other loads, jitter, and schedules that keep all microbatches (GPipe) are played to the end.
+and every term of the breakdown likewise, but for how a pause divides into bubble and sends on their way; memory does
+not grow any more. Published runs have up to 512 microbatches on 8 stages. Where all experts are equally likely,
+microbatches differ by chance alone: more rounds are played, and their mean stands for the others. Other loads, jitter,
+DualPipe, and schedules that keep all microbatches (GPipe) are played to the end.
 """
 
 from __future__ import annotations

@@ -38,6 +38,9 @@ def assumptions(step: Step) -> list[str]:
             stated += _replayed(scenario, recorded_steps(scenario.routing.load), drawn)
     stated += _routing(scenario)
     stated += _disturbed(step)
+    split = scenario.parallelism
+    if split.pipeline > 1 and split.tensor > 1 and not split.sequence_parallel:
+        stated.append("tensor-parallel ranks each send their share to the next stage, which gathers (Megatron-LM)")
     if scenario.model.encoder is not None:
         stated.append("tokens are encoder tokens; the decoder's work is spread over them")
     if step.engine == "max-plus":

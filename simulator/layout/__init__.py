@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,8 +124,20 @@ def _overlap(scenario: Scenario, schedule: Schedule) -> frozenset[str]:
     split = scenario.parallelism
     if split.overlap == "auto":
         chosen = {"gradient_reduce", "parameter_gather", "pipeline", "tensor_backward"}
-        return frozenset(chosen | ({"expert_all_to_all"} if schedule.pairs else set()))
-    names = {item for item in split.overlap if not isinstance(item, ExpertChunks)}
+        names = chosen | ({"expert_all_to_all"} if schedule.pairs else set())
+    else:
+        names = _stated_overlap(scenario, split.overlap, schedule)
+    if not split.delay_weight_gradients and not ("expert_all_to_all" in names and split.expert > 1):
+        raise errors.NotSimulated(
+            "parallelism.delay_weight_gradients: no forward runs beside a backward here, so there is nothing to delay; "
+            "leave it out, or add expert_all_to_all to parallelism.overlap"
+        )
+    return frozenset(names)
+
+
+def _stated_overlap(scenario: Scenario, items: Sequence[str | ExpertChunks], schedule: Schedule) -> set[str]:
+    split = scenario.parallelism
+    names: set[str] = {item for item in items if not isinstance(item, ExpertChunks)}
     for name, size in (("tensor", split.tensor), ("context", split.context)):
         if name in names and size == 1:
             raise errors.NotSimulated(
@@ -138,7 +150,7 @@ def _overlap(scenario: Scenario, schedule: Schedule) -> frozenset[str]:
                 "parallelism.overlap: expert_chunks hides an exchange under the experts of its own microbatch, "
                 "expert_all_to_all under another microbatch; both at once are not simulated: choose one"
             )
-    return frozenset(names)
+    return names
 
 
 def _check_pairs(schedule: Schedule) -> None:

@@ -8,7 +8,8 @@ are there; more parts cost more launches, more latencies and smaller kernels:
   This is the pipelined overlap of Transformer Engine's user buffers (``--tp-comm-overlap`` of Megatron-Core).
 * tensor_backward: whole, beside the weight gradient of the same product. The collectives at the input of a
   column-parallel product are not needed before the next op of the input gradient (arXiv 2205.05198, section 4.2.2;
-  Megatron-Core and Transformer Engine do so unless told otherwise).
+  Megatron-Core and Transformer Engine do so unless told otherwise). The gather of the kept input, which they run beside
+  the input gradient, is issued with the reduction here: as much of it is hidden, a little later.
 * context: one part for each rank of the ring. While a rank attends to one block of keys and values, it sends that block
   on and receives the next (ring attention, arXiv 2310.01889). The first block is its own. Backward, the sums of the
   blocks' gradients travel one step behind and the last of them comes home when all compute is done.

@@ -49,7 +49,10 @@ class CollectiveCurve(Contract):
     latency: Sourced[Seconds] = leaf("Fixed cost of one call.", "9 us", unit="s")
     hop: Sourced[Seconds] | None = leaf("Cost of each further rank or hop.", "1 us", unit="s", default=None)
     inner_hop: Sourced[Seconds] | None = leaf(
-        "Cost of each rank that a ring passes inside each further node.", "1.9 us", unit="s", default=None
+        "Cost of each rank that a ring passes inside each further node; not on a torus.",
+        "1.9 us",
+        unit="s",
+        default=None,
     )
     efficiency: Sourced[PositiveFraction] = leaf("Share of the link's bandwidth at large sizes.", 0.7)
     sqrt_coefficient: Sourced[NonNegative] | None = leaf(

@@ -111,7 +111,7 @@ class Stack(Contract):
     issue: Sourced[Seconds] | None = leaf(
         "Time in which the host issues one op of the op list (its kernels, about 1.7, from Python): kernels that are "
         "shorter wait for it. Null where a graph or one program issues them.",
-        "17 us",
+        "100 us",
         unit="s",
         default=None,
     )

@@ -49,7 +49,7 @@ class Pricer:
         self.profile = profile
         self.precision = self.scenario.training.precision
         self.whole = Device.of(profile)
-        self.reserved = collectives.comm_sms(profile, span)
+        self.comm_sms = collectives.comm_sms(profile, span)
         self._kernels: dict[tuple[Compute, float], dict[str, FloatArray]] = {}
         self._priced: dict[tuple[Compute, float, float, float], Priced] = {}
         self._lasts: dict[Exchange, float] = {}
@@ -107,7 +107,7 @@ class Pricer:
     def _compute(self, each: Compute) -> tuple[FloatArray, dict[str, float]]:
         if each.beside:
             return self._beside(each)
-        total, _, shares = self._on(each, self.reserved if each.overlapped else 0.0)
+        total, _, shares = self._on(each, self.comm_sms if each.overlapped else 0.0)
         return total, shares
 
     def _on(self, each: Compute, held: float) -> Priced:
@@ -150,7 +150,7 @@ class Pricer:
         advances at the rate free / held.
         """
         plain = replace(each, beside=())
-        (free, mean, shares), (held, _, _) = self._on(plain, 0.0), self._on(plain, self.reserved)
+        (free, mean, shares), (held, _, _) = self._on(plain, 0.0), self._on(plain, self.comm_sms)
         lasts = 0.0
         for other in each.beside:
             if other.exchange not in self._lasts:

@@ -281,6 +281,12 @@ def test_an_overlap_that_would_have_no_effect_is_refused(wish: Any) -> None:
         placed(**{"parallelism.overlap": [wish]})
 
 
+def test_weight_gradients_without_a_pair_cannot_be_delayed_or_not() -> None:
+    with pytest.raises(NotSimulated, match=r"parallelism\.delay_weight_gradients: no forward runs beside a backward"):
+        placed(**{"parallelism.delay_weight_gradients": False})
+    resolve(load_scenario("deepseek-v3", {"parallelism.delay_weight_gradients": False}))
+
+
 def test_axes_that_are_too_short_for_a_group_are_refused() -> None:
     with pytest.raises(InvalidInput) as caught:
         span(np.arange(64), load_profile("tpu-v4").tiers, 1, ("x",))
