@@ -64,7 +64,8 @@ def without(part: Part, scenario: Scenario) -> Scenario:
         flat = profile.model_copy(update={"kernels": flattened(profile.kernels), "stacks": stacks})
         return scenario.model_copy(update={"cluster": scenario.cluster.model_copy(update={"profile": flat})})
     if part == "overlap":
-        split = scenario.parallelism.model_copy(update={"overlap": ()})
+        # Nothing is paired any more, so there is nothing to delay.
+        split = scenario.parallelism.model_copy(update={"overlap": (), "delay_weight_gradients": True})
         return scenario.model_copy(update={"parallelism": split})
     if part == "skew" and scenario.routing.load.kind != "balanced":
         routing = scenario.routing.model_copy(update={"load": BalancedLoad(), "balance": ()})

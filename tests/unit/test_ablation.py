@@ -6,9 +6,11 @@ import pytest
 
 from simulator import load_scenario
 from simulator.campaign import simulate_step
+from simulator.layout import resolve
 from simulator.spec import Scenario
 from simulator.timing.kernels import Device, gemm_seconds
 from validation.ablation import PARTS, Part, without
+from validation.evidence import sources
 
 SKEWED = load_scenario(
     "quickstart", {"routing.load": {"kind": "logits", "population": 1.0}, "parallelism.overlap": ["gradient_reduce"]}
@@ -41,3 +43,15 @@ def test_what_is_left_is_slower_without_overlap_and_faster_without_losses(part: 
 
     assert ratio > 1.0 if slower else ratio < 1.0
     assert part in PARTS
+
+
+def test_no_complete_layout_falls_out_of_a_column() -> None:
+    layouts = {
+        (source.name, run.layout): run.at(next(run.points()))[0]
+        for source in sources()
+        for run in source.runs()
+        if run.complete and run.role == "fit"
+    }
+    for part in PARTS:
+        changed = [without(part, scenario) for scenario in layouts.values()]
+        assert len([resolve(scenario) for scenario in changed]) == len(layouts)  # one that is refused raises
